@@ -1,0 +1,97 @@
+"""Configuration values and their identity.
+
+Everything that changes a result is a frozen `Config`; everything that only changes where or how fast a result
+is computed is `RuntimeConfig` and never enters a cache key. `fingerprint` turns a stage and its inputs into the
+key. Local data and models are identified by their content (`LocalFile`), never by where they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class UserError(ValueError):
+    """A fault that the user can mend. The message is one line: the field, its value and the remedy."""
+
+
+class Config(BaseModel):
+    """A frozen value. Unknown fields are refused, so a misspelt name is an error and not a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def identity(self) -> Any:
+        """What of this value counts in a cache key; everything by default."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+class LocalFile(Config):
+    """A file on this machine. Its identity is its content: moving it changes nothing, changing a byte does."""
+
+    path: str = Field(description="Where the file lies. Not part of the identity.")
+    sha256: str = Field(description="Digest of the content.", pattern=r"^[0-9a-f]{64}$")
+
+    def identity(self) -> Any:
+        return self.sha256
+
+    @classmethod
+    def of(cls, path: Path) -> LocalFile:
+        """Digest `path`. Raises UserError if it cannot be read."""
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"file {str(path)!r}: cannot be read ({error.strerror}); check the path") from error
+        return cls(path=str(path.resolve()), sha256=digest)
+
+
+class RuntimeConfig(Config):
+    """Where and how fast. Nothing here may change a result beyond rounding, and nothing here is in a cache key."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:<index>. auto takes a GPU if there is one.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of one process; None leaves torch's choice.")
+    adapters_per_batch: int | None = Field(
+        None, ge=1, description="LoRA adapters trained or scored in one forward pass; None chooses by memory."
+    )
+    tokens_per_batch: int | None = Field(
+        None, ge=64, description="Tokens in one scoring batch; None chooses by device."
+    )
+    compile: bool | None = Field(None, description="Compile and capture the training steps; None does so on a GPU.")
+    resume_seconds: float = Field(30.0, gt=0, description="How often a long stage saves its resume state.")
+    progress: bool = Field(True, description="Show live progress on stderr.")
+
+
+def canonical(value: Any) -> Any:
+    """`value` as plain JSON data that is the same in every process.
+
+    Raises TypeError for what has no such form (sets, paths, callables, arrays) and ValueError for NaN or infinity.
+    """
+    if isinstance(value, Config):
+        return canonical(value.identity())
+    if isinstance(value, Enum):
+        return canonical(value.value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} has no place in a cache key")
+        return value
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("only dictionaries with text keys can enter a cache key")
+        return {key: canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    raise TypeError(f"a {type(value).__name__} cannot enter a cache key")
+
+
+def fingerprint(stage: str, version: int, inputs: dict[str, Any]) -> str:
+    """The cache key of one stage: 20 hex digits over its name, its version and all its inputs, defaults included."""
+    text = json.dumps(canonical([stage, version, inputs]), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
