@@ -1,0 +1,1 @@
+"""Prefect around the science: cached stages, their locks and the environment they run in."""

@@ -1,0 +1,112 @@
+"""The one root, and the settings that an embedded run needs before Prefect is imported.
+
+Nothing here imports Prefect at import time: Prefect reads its settings once, when it is first imported, so a command
+calls `prepare` before anything else. What the user has set, in the environment or in a `.env` file in the working
+folder (Prefect reads both by itself), always wins over the defaults here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from cpdiff_core.config import UserError
+
+ROOT_VARIABLE = "PREFECT_LOCAL_STORAGE_PATH"
+DEFAULT_ROOT = Path("~/.cpdiff")
+
+DEFAULTS = {
+    # Without PREFECT_API_URL every command starts a server of its own; on a slow machine that takes more than the
+    # 20 seconds that Prefect allows.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # No outside connection: the server's and the client's usage statistics.
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # Errors reach the user as one line; these hide Prefect's tracebacks of the same errors, and those that its
+    # temporary server prints when a short run ends.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
+
+
+def prepare(root: Path | None = None, offline: bool = False) -> Path:
+    """Set what is not set yet, and return the root: `root`, else PREFECT_LOCAL_STORAGE_PATH, else ~/.cpdiff.
+
+    `offline` forbids the Hugging Face libraries any connection. Raises RuntimeError if Prefect has been imported.
+    """
+    if "prefect" in sys.modules:
+        raise RuntimeError("prepare() must be called before prefect is imported, which reads the settings only once")
+    chosen = _from_dotenv() | dict(os.environ)
+    for name, value in DEFAULTS.items():
+        if name not in chosen:
+            os.environ[name] = value
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    path = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()
+    os.environ[ROOT_VARIABLE] = str(path)
+    return path
+
+
+def _from_dotenv() -> dict[str, str]:
+    file = Path(".env")
+    if not file.is_file():
+        return {}
+    from dotenv import dotenv_values  # comes with Prefect's settings, and reads the file as they do
+
+    return {name.upper(): value for name, value in dotenv_values(file).items() if value is not None}
+
+
+def root() -> Path:
+    """Where artifacts, locks and resume states lie: PREFECT_LOCAL_STORAGE_PATH as it is set at the moment."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH
+
+    return Path(PREFECT_LOCAL_STORAGE_PATH.value()).expanduser().resolve()
+
+
+def check_root(path: Path) -> None:
+    """Make the root if need be and try it: a folder, a file and a lock. Raises UserError that names the remedy."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-") as probe:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(path) from error
+        raise UserError(
+            f"root {str(path)!r}: cannot be used ({error.strerror}); choose a writable folder with --root or {ROOT_VARIABLE}"
+        ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def _full(path: Path) -> UserError:
+    return UserError(
+        f"root {str(path)!r}: the disk is full; free some space or choose another disk with --root or "
+        f"{ROOT_VARIABLE}, and run again: finished stages are kept"
+    )
+
+
+def disk_fault(error: Exception) -> UserError | None:
+    """The user's version of an error in writing below the root, or None if `error` is something else.
+
+    safetensors reports a full disk as an error of its own, so the text is looked at too.
+    """
+    path = root()
+    if isinstance(error, OSError) and error.errno in _READ_ONLY and Path(str(error.filename)).is_relative_to(path):
+        return UserError(
+            f"root {str(path)!r}: cannot be written ({error.strerror}); choose a writable folder with --root or "
+            f"{ROOT_VARIABLE}"
+        )
+    if (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error):
+        return _full(path)
+    return None

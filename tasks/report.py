@@ -1,0 +1,26 @@
+"""One line on stderr for every stage that ends, and the count of them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+
+from tqdm import tqdm
+
+_counts: Counter[str] = Counter()
+_guard = threading.Lock()
+
+
+def tally() -> dict[str, int]:
+    """How many stages have ended in this process: `computed`, `cached` and `failed`."""
+    with _guard:
+        return {name: _counts[name] for name in ("computed", "cached", "failed")}
+
+
+def stage_ended(count: str, word: str, label: str, remark: str = "") -> None:
+    """Count a stage under `count` and print its line, above the progress bars of stages that still run."""
+    with _guard:
+        _counts[count] += 1
+        tqdm.write(f"{word:<10} {label:<48} {remark}".rstrip(), file=sys.stderr)
+        sys.stderr.flush()

@@ -1,0 +1,249 @@
+"""The cache rule: a function that writes files becomes a stage that runs once per input, in any process.
+
+    @stage("harvest", label=lambda task, run: f"{task.name} run {run}")
+    def harvest(out: Path, task: TaskConfig, run: int, *, runtime: RuntimeConfig, resume: ResumeState | None = None):
+        ...write files below `out`...
+
+`harvest(task, 0, runtime=runtime)` is then a Prefect task that returns an `Artifact`. Its key is
+`<stage>/<fingerprint>/result.json`, where the fingerprint covers the stage's name and version and every argument but
+`runtime`. The same path, below the root, is the artifact's folder: the body writes into a scratch folder, which is
+renamed into place when it is complete, and Prefect's own record `result.json` is written into it last. A folder
+without a readable record is no hit, so a crash at any moment costs a repetition and never a wrong result. A lock on
+the key makes two processes that ask for the same stage compute it once (`tasks/locks.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, get_type_hints
+
+from prefect import Task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.results import ResultRecord
+from prefect.settings import PREFECT_DEFAULT_RESULT_STORAGE_BLOCK
+from prefect.transactions import IsolationLevel
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypeVar
+
+from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
+from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
+from tasks.environment import disk_fault, root
+from tasks.locks import FlockManager, hold
+from tasks.provenance import Meter
+from tasks.report import stage_ended
+
+P = ParamSpec("P")
+A = TypeVar("A", bound=Artifact, default=Artifact)
+
+RECORD = "result.json"
+NOT_IN_KEY = ("out", "runtime", "resume")
+SCRATCH_PREFIX = ".building-"
+
+STAGES: dict[str, Stage[..., Any]] = {}
+
+
+class Stage(Task[P, A]):
+    """A cached Prefect task. Made by `stage`; `with_options` gives a plain task with the same cache key."""
+
+    body: Callable[..., None]
+    identify: Callable[[Mapping[str, Any]], A]
+    stage_version: int
+    sources: tuple[Any, ...]
+
+    def artifact(self, *args: P.args, **kwargs: P.kwargs) -> A:
+        """The artifact that a call with these arguments returns, without running anything."""
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return self.identify(bound.arguments)
+
+
+def stage(
+    name: str,
+    version: int = 1,
+    *,
+    returns: type[A] = Artifact,  # type: ignore[assignment]
+    label: Callable[..., str] | None = None,
+    sources: Iterable[Any] = (),
+    **task_options: Any,
+) -> Callable[[Callable[Concatenate[Path, P], None]], Stage[P, A]]:
+    """Make `body(out, ..., *, runtime, resume)` a stage.
+
+    name: folder of its artifacts: lower-case letters, digits and underscores.
+    version: to be raised when the same inputs are to give another result (see `tasks/versions.py`).
+    returns: a subclass of Artifact where other stages must not confuse this artifact with another.
+    label: what is shown of the arguments; a function of those arguments that it names.
+    sources: functions, classes and modules that the body calls and whose change is a change of the stage.
+    task_options: further options of Prefect's task, such as retries and tags.
+
+    `resume` is given to a body that declares it. Arguments are checked against the body's annotations, so an
+    artifact of the wrong type is a TypeError.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"stage name {name!r}: must be lower-case letters, digits and underscores")
+
+    def decorate(body: Callable[Concatenate[Path, P], None]) -> Stage[P, A]:
+        declared = inspect.signature(body)
+        hints = get_type_hints(body)
+        parameters = [item for item in declared.parameters.values() if item.name not in ("out", "resume")]
+        signature = declared.replace(parameters=parameters, return_annotation=returns)
+        shown = list(inspect.signature(label).parameters) if label is not None else []
+        if unknown := set(shown) - {item.name for item in parameters}:
+            raise TypeError(f"stage {name!r}: the label asks for {sorted(unknown)}, which are no arguments of it")
+
+        def identify(arguments: Mapping[str, Any]) -> A:
+            for key, value in arguments.items():
+                if key in hints and signature.parameters[key].kind not in _VARIADIC:
+                    _check_type(f"stage {name!r}: argument {key!r}", hints[key], value)
+            return returns(stage=name, fingerprint=fingerprint(name, version, _inputs(arguments)))
+
+        @functools.wraps(body)
+        def run(*args: P.args, **kwargs: P.kwargs) -> A:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            result = identify(bound.arguments)
+            runtime = bound.arguments.get("runtime") or RuntimeConfig()
+            extra: dict[str, Any] = {"resume": resume_state(result, runtime)} if "resume" in declared.parameters else {}
+            config = {"stage": name, "version": version, "inputs": canonical(_inputs(bound.arguments))}
+            try:
+                _build(folder(result), lambda out: body(out, *bound.args, **bound.kwargs, **extra), config, runtime)
+            except Exception as error:
+                if (fault := disk_fault(error)) is not None:
+                    raise fault from error
+                raise
+            return result
+
+        def run_name(parameters: dict[str, Any]) -> str:
+            return f"{name} {label(**{key: parameters[key] for key in shown})}" if label is not None else name
+
+        run.__signature__ = signature  # type: ignore[attr-defined]  # what Prefect and callers see
+        policy = CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: cache_key(identify(arguments)))
+        options = {"retry_condition_fn": _may_retry} | task_options
+        options["on_completion"] = [_completed, *options.get("on_completion", ())]
+        options["on_failure"] = [_failed, *options.get("on_failure", ())]
+        made: Stage[P, A] = Stage(
+            run,
+            name=name,
+            task_run_name=run_name,  # type: ignore[arg-type]  # Prefect's protocol asks for more than it uses
+            cache_policy=policy.configure(isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=FlockManager()),
+            persist_result=True,
+            result_serializer="json",  # nothing is ever unpickled
+            **options,
+        )
+        made.body, made.identify, made.stage_version, made.sources = body, identify, version, tuple(sources)
+        known = STAGES.setdefault(name, made)
+        if (known.body.__module__, known.body.__qualname__) != (body.__module__, body.__qualname__):
+            raise ValueError(f"stage name {name!r}: is taken by {known.body.__module__}.{known.body.__qualname__}")
+        STAGES[name] = made
+        return made
+
+    return decorate
+
+
+def folder(artifact: Artifact) -> Path:
+    """Where the files of `artifact` lie, below the root of the moment."""
+    return artifact.under(root())
+
+
+def cache_key(artifact: Artifact) -> str:
+    """The key of `artifact` in Prefect's result storage and in `tasks.locks.hold`."""
+    return f"{artifact.stage}/{artifact.fingerprint}/{RECORD}"
+
+
+def is_done(artifact: Artifact) -> bool:
+    """Whether Prefect would take `artifact` from the cache: its record exists and can be read."""
+    try:
+        ResultRecord.deserialize((folder(artifact) / RECORD).read_bytes())
+    except Exception:  # noqa: BLE001 - Prefect too takes any fault for a miss
+        return False
+    return True
+
+
+def resume_state(artifact: Artifact, runtime: RuntimeConfig) -> ResumeState:
+    """What a killed computation of `artifact` has left. Use it in the stage's body or while its lock is held."""
+    return ResumeState(root() / ".resume" / artifact.stage / artifact.fingerprint, runtime.resume_seconds)
+
+
+def clean(path: Path, older_than_seconds: float = 86400.0) -> list[Path]:
+    """Remove the scratch folders that killed processes have left below the root `path`, and return them."""
+    removed = []
+    for scratch in path.glob(f"*/{SCRATCH_PREFIX}*"):
+        try:
+            # Young ones may belong to a stage that runs; so may old ones, then their stage's lock is taken.
+            if time.time() - scratch.stat().st_mtime < older_than_seconds:
+                continue
+            builds = scratch.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
+            with hold([cache_key(Artifact(stage=scratch.parent.name, fingerprint=builds))], timeout=0):
+                shutil.rmtree(scratch)
+        except (OSError, TimeoutError):
+            continue
+        removed.append(scratch)
+    return removed
+
+
+def _inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in NOT_IN_KEY}
+
+
+def _build(target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig) -> None:
+    """Fill a scratch folder beside `target`, then rename it to `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{SCRATCH_PREFIX}{target.name}-") as scratch:
+        out = Path(scratch, "out")
+        out.mkdir()
+        meter = Meter(runtime.device)
+        write(out)
+        write_json(out / "config.json", config)
+        seal(out)
+        write_json(out / "provenance.json", meter.provenance())  # after the seal: it differs from run to run
+        if target.exists():  # a refresh, or a process that died before the record was written
+            # Moved away whole: deleting it file by file could leave its record, and so a hit, behind.
+            os.rename(target, Path(scratch, "replaced"))
+        os.rename(out, target)
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_adapter = functools.cache(TypeAdapter)
+
+
+def _check_type(what: str, annotation: Any, value: Any) -> None:
+    try:
+        _adapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise TypeError(f"{what}: {error.errors()[0]['msg']}, not {type(value).__name__}") from error
+
+
+def _may_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """The user's faults stay the same however often they are tried."""
+    return not isinstance(state.data, UserError)
+
+
+def _completed(task: Any, task_run: TaskRun, state: State[Any]) -> None:
+    """Runs when the record has been written and the lock is free again."""
+    artifact: Artifact = state.data.result if isinstance(state.data, ResultRecord) else state.data  # type: ignore[assignment]
+    if state.name == "Cached":
+        stage_ended("cached", "Cached", task_run.name)
+    else:
+        provenance = json.loads((folder(artifact) / "provenance.json").read_text(encoding="utf-8"))
+        stage_ended("computed", "Completed", task_run.name, f"{provenance['seconds']:8.1f} s")
+        if not is_done(artifact) and PREFECT_DEFAULT_RESULT_STORAGE_BLOCK.value() is None:
+            stage_ended("unrecorded", "Not saved", task_run.name, "its record could not be written (is the disk full?)")
+    left = resume_state(artifact, RuntimeConfig())
+    if left.folder.exists():
+        # Whoever holds the lock computes it again, and has use for the state.
+        with suppress(TimeoutError), hold([cache_key(artifact)], timeout=0):
+            left.discard()
+
+
+def _failed(task: Any, task_run: TaskRun, state: State[Any]) -> None:
+    stage_ended("failed", "Failed", task_run.name)
