@@ -188,14 +188,15 @@ class StackedClassifier(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index.view(-1))
         return rows.view(*batch.pool_index.shape, -1)
 
-    def apply_head(self, features: torch.Tensor, head: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The classification head in float32 on features S x B x H."""
-        x = features.float()
+    def apply_head(
+        self, features: torch.Tensor, head: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The classification head on features S x B x H, computed in `dtype`."""
+        x = features.to(dtype)
         for name, activation in self.head_layers:
-            weight = head[f"{name}.weight"].float()
-            x = torch.bmm(x, weight.transpose(1, 2))
+            x = torch.bmm(x, head[f"{name}.weight"].to(dtype).transpose(1, 2))
             if f"{name}.bias" in head:
-                x = x + head[f"{name}.bias"].float()[:, None, :]
+                x = x + head[f"{name}.bias"].to(dtype)[:, None, :]
             x = activation(x)
         return x
 

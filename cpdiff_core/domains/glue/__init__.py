@@ -1,0 +1,1 @@
+"""Text classification and regression: the six GLUE tasks, and any task of a user's own."""

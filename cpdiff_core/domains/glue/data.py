@@ -1,0 +1,251 @@
+"""Examples of a text task: find the data, read it, check it, split it, tokenise it.
+
+Three splits: `train` is fine-tuned on; `selection` chooses among checkpoints and candidates; `report` is the
+validation data, seen by reporting alone. Local files enter a task's identity by content, hub ones by commit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cpdiff_core.config import Config, LocalFile, UserError
+from cpdiff_core.domains.base_models import BaseModel, load_tokenizer
+from cpdiff_core.domains.glue.text_tasks import ExcerptData, FileData, GlueData, HubData, TextTask
+from cpdiff_core.lora.packing import TokenizedTexts
+
+SplitName = Literal["train", "selection", "report"]
+EXCERPT_FOLDER = Path(__file__).parent / "excerpt"
+
+
+class SplitConfig(Config):
+    """How the examples are divided between training, choosing and reporting."""
+
+    selection_split: Literal["held_out", "train"] = Field(
+        "held_out", description="held_out: a tenth of train that is never trained on. train: the paper's choice (Sec. 4.1)."
+    )
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train kept for selection (ours).")
+    max_held_out: int = Field(1000, ge=1, description="Most examples held out of train (ours).")
+    max_selection: int | None = Field(None, ge=1, description="Most examples scored for selection; all if None.")
+    max_report: int | None = Field(None, ge=1, description="Most validation examples scored; all if None.")
+    seed: int = Field(0, ge=0, description="Of the draw of these subsets.")
+
+
+class ResolvedFiles(Config):
+    train: LocalFile
+    validation: LocalFile
+
+
+class ResolvedHub(Config):
+    dataset: str
+    subset: str | None
+    commit: str
+    train_split: str
+    validation_split: str
+
+
+class ResolvedTask(Config):
+    """A task whose data has been found. `task.data` does not count: its content does."""
+
+    task: TextTask
+    source: ResolvedFiles | ResolvedHub
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def identity(self) -> Any:
+        fields = {name: getattr(self.task, name) for name in TextTask.model_fields if name != "data"}
+        return {"task": fields, "source": self.source}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked examples: texts as one or two strings each, labels as class numbers or regression targets."""
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, index: NDArray[np.int64]) -> Examples:
+        return Examples(tuple(self.texts[i] for i in index), self.labels[index])
+
+
+def resolve_task(task: TextTask, data_dir: Path | None) -> ResolvedTask:
+    """Find and digest the data of a task. Raises UserError that says what was looked for and where."""
+    data = task.data
+    if isinstance(data, ExcerptData):
+        paths = [EXCERPT_FOLDER / f"{data.task}_{split}.parquet" for split in ("train", "validation")]
+    elif isinstance(data, FileData):
+        base = data_dir or Path()
+        paths = [base / Path(name).expanduser() for name in (data.train, data.validation)]
+    elif isinstance(data, GlueData) and data_dir is not None:
+        paths = [data_dir / "glue" / data.task / f"{split}.parquet" for split in ("train", "validation")]
+    else:
+        hub = HubData(dataset="nyu-mll/glue", subset=data.task) if isinstance(data, GlueData) else data
+        assert isinstance(hub, HubData)
+        return ResolvedTask(task=task, source=_resolve_hub(task.name, hub))
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"task {task.name!r}: data file {str(path)!r} does not exist; check the path, give --data-dir, "
+                "or run the quickstart, whose data is inside the package"
+            )
+    train, validation = (LocalFile.of(path) for path in paths)
+    return ResolvedTask(task=task, source=ResolvedFiles(train=train, validation=validation))
+
+
+def _resolve_hub(name: str, hub: HubData) -> ResolvedHub:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        info = HfApi().dataset_info(hub.dataset, revision=hub.revision, timeout=4)
+        assert info.sha is not None
+        return ResolvedHub(
+            dataset=hub.dataset, subset=hub.subset, commit=info.sha, train_split=hub.train_split,
+            validation_split=hub.validation_split,
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"task {name!r}: dataset {hub.dataset!r} cannot be had from the hub ({reason}); give local files with "
+            "--data-dir DIR (DIR/glue/<task>/train.parquet and validation.parquet), or run quickstart on the excerpt"
+        ) from error
+
+
+def _read_frame(task: ResolvedTask, which: Literal["train", "validation"]) -> tuple[pd.DataFrame, str]:
+    """The raw table of one split, and what to call it in an error."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    source = task.source
+    try:
+        if isinstance(source, ResolvedHub):
+            split = source.train_split if which == "train" else source.validation_split
+            table = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.commit)
+            return table.to_pandas(), f"{source.dataset} {split}"
+        path = Path(getattr(source, which).path)
+        readers = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise UserError(f"task {task.name!r}: file {path.name!r} is not CSV (.csv), JSON lines (.jsonl) or Parquet (.parquet)")
+        # A cache folder of its own: the library's shared cache is keyed by name and time, not by content.
+        with tempfile.TemporaryDirectory() as scratch:
+            table = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True)
+            return table.to_pandas(), str(path)
+    except UserError:
+        raise
+    except Exception as error:  # the readers raise many types; each means that this file cannot be read
+        reason = str(error.__cause__ or error).splitlines()[0][:160]
+        what = source.dataset if isinstance(source, ResolvedHub) else getattr(source, which).path
+        raise UserError(f"task {task.name!r}: {what!r} cannot be read ({reason}); check the file") from error
+
+
+def _labels(task: TextTask, column: pd.Series[Any], where: str) -> NDArray[np.float64]:
+    if task.labels is None:
+        values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+        if (bad := np.flatnonzero(~np.isfinite(values))).size:
+            raise UserError(
+                f"task {task.name!r}: {where} row {bad[0]}: label {column.iloc[bad[0]]!r} is not a number; "
+                "mend the row, or give labels for classification"
+            )
+        return values
+    names = {name: number for number, name in enumerate(task.labels)}
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+    named = column.map(lambda value: names.get(str(value), np.nan)).to_numpy(np.float64)
+    values = np.where(np.isfinite(named), named, numbers)
+    wrong = ~(np.isfinite(values) & (values >= 0) & (values < len(task.labels)) & (values == np.floor(values)))
+    if (bad := np.flatnonzero(wrong)).size:
+        raise UserError(
+            f"task {task.name!r}: {where} row {bad[0]}: label {column.iloc[bad[0]]!r} is out of range; "
+            f"expected 0 to {len(task.labels) - 1} or one of {', '.join(task.labels)} (is the split unlabelled?)"
+        )
+    return values
+
+
+@lru_cache(maxsize=32)
+def read_examples(task: ResolvedTask, which: Literal["train", "validation"]) -> Examples:
+    """All examples of the training or the validation data, checked. Raises UserError on the first bad row."""
+    frame, where = _read_frame(task, which)
+    if isinstance(task.source, ResolvedFiles):
+        current = LocalFile.of(Path(getattr(task.source, which).path))
+        if current.sha256 != getattr(task.source, which).sha256:
+            raise UserError(f"task {task.name!r}: {where} changed while the run was under way; start it again")
+    wanted = (*task.task.text_columns, task.task.label_column)
+    missing = [name for name in wanted if name not in frame.columns]
+    if missing:
+        raise UserError(
+            f"task {task.name!r}: {where} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}"
+        )
+    if frame.empty:
+        raise UserError(f"task {task.name!r}: {where} has no rows")
+    for name in task.task.text_columns:
+        empty = frame[name].isna() | (frame[name].astype(str).str.strip() == "")
+        if empty.any():
+            raise UserError(f"task {task.name!r}: {where} row {int(np.flatnonzero(empty)[0])}: column {name!r} is empty")
+    columns = [frame[name].astype(str).tolist() for name in task.task.text_columns]
+    labels = _labels(task.task, frame[task.task.label_column], where)
+    return Examples(tuple(zip(*columns, strict=True)), labels)
+
+
+def split_rows(task: ResolvedTask, splits: SplitConfig, split: SplitName) -> NDArray[np.int64]:
+    """Row numbers of a split in its source (train and selection: the training data; report: validation).
+
+    Drawn from the seed and the task's name, so that they do not depend on the other tasks.
+    """
+    rng = np.random.default_rng([splits.seed, zlib.crc32(task.name.encode())])
+    num_train = len(read_examples(task, "train"))
+    num_held = max(1, min(splits.max_held_out, int(num_train * splits.held_out_fraction)))
+    order = rng.permutation(num_train)
+    held_out, train = order[:num_held], order[num_held:]
+    if splits.selection_split == "train":
+        train = order
+    if split == "train":
+        if len(train) == 0:
+            raise UserError(f"task {task.name!r}: no training example is left after holding {num_held} out; give more data")
+        return np.sort(train)
+    if split == "selection":
+        chosen = held_out if splits.selection_split == "held_out" else order
+        return np.sort(chosen[: splits.max_selection])
+    order = rng.permutation(len(read_examples(task, "validation")))
+    return np.sort(order[: splits.max_report])
+
+
+def examples_of(task: ResolvedTask, splits: SplitConfig, split: SplitName) -> Examples:
+    source = read_examples(task, "validation" if split == "report" else "train")
+    return source.rows(split_rows(task, splits, split))
+
+
+@lru_cache(maxsize=64)
+def tokenize(
+    task: ResolvedTask, splits: SplitConfig, split: SplitName, base: BaseModel, max_length: int
+) -> tuple[TokenizedTexts, NDArray[np.float64]]:
+    """(token ids end to end, labels) of one split, truncated to `max_length` tokens each."""
+    examples = examples_of(task, splits, split)
+    tokenizer = _tokenizer(base)
+    columns = list(zip(*examples.texts, strict=True))
+    encoded = tokenizer(
+        list(columns[0]), list(columns[1]) if len(columns) == 2 else None, truncation=True, max_length=max_length,
+        return_attention_mask=False, return_token_type_ids=True,
+    )  # fmt: skip
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    ids = np.concatenate([np.asarray(ids, np.int64) for ids in encoded["input_ids"]])
+    types = np.concatenate([np.asarray(types, np.int64) for types in encoded["token_type_ids"]])
+    return TokenizedTexts(ids, types, np.concatenate([[0], np.cumsum(lengths)])), examples.labels
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(base: BaseModel) -> Any:
+    return load_tokenizer(base)

@@ -1,0 +1,304 @@
+"""LoRA fine-tuning of many runs in one batch, and the harvest of their last checkpoints (Sec. 4.1).
+
+Each run has its own data order and dropout, drawn from its own seeds, so it does not matter which other runs
+share the batch: the results agree within rounding, and bit for bit for the same group on the same device. The
+frozen base runs in eval mode: its own dropout is off, which differs from the usual Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from cpdiff_core.artifacts import ResumeState
+from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.domains.base_models import FAMILIES, BaseModel, cached_classifier
+from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig, tokenize
+from cpdiff_core.domains.glue.stacks import Precision, Stack, build_stack
+from cpdiff_core.lora.layout import LoraSpec, initial_vector
+from cpdiff_core.progress import track
+
+
+class FineTuneConfig(Config):
+    """Hyper-parameters of LoRA fine-tuning. The paper gives none; METHOD.md section 2 has the released and the measured."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak of AdamW. Measured on MiniLM; the released code has 1e-4.")
+    num_steps: int = Field(1200, ge=1, description="Optimiser steps of a run, if num_epochs is None.")
+    num_epochs: float | None = Field(None, gt=0, description="Length of a run in epochs instead (released code: 20).")
+    batch_size: int = Field(32, ge=1, description="Examples per step. Released code: 16.")
+    warmup_steps: int = Field(100, ge=0, description="Linear warm-up. Measured on MiniLM.")
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="Warm-up as a share of the run instead (released: 0.1).")
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "constant_with_warmup", description="After the warm-up: constant, or to zero at the end of the run."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled (AdamW). Released code: 0.1.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Each run's gradient is clipped to this norm, as in the Trainer.")
+    max_length: int = Field(128, ge=4, le=512, description="Tokens of one example (released code: 128).")
+    precision: Precision = Field("fp32", description="Of the frozen base; LoRA master weights are always float32.")
+    num_harvest: int = Field(150, ge=1, description="Checkpoints kept: the last ones of the run. The paper's N is 150.")
+    harvest_every: int = Field(1, ge=1, description="Optimiser steps between two of them. The paper: 1 for language.")
+    same_initialization: bool = Field(True, description="All runs and tasks start from the same LoRA weights (ours).")
+    seed: int = Field(42, ge=0, description="Of initialisation, data order and dropout. Released code: 42.")
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> FineTuneConfig:
+        span = (self.num_harvest - 1) * self.harvest_every + 1
+        if self.num_epochs is None and span > self.num_steps:
+            raise ValueError(
+                f"num_harvest {self.num_harvest} every {self.harvest_every} steps needs {span} steps, num_steps is "
+                f"{self.num_steps}; raise num_steps or lower num_harvest"
+            )
+        return self
+
+    def steps_for(self, num_examples: int) -> int:
+        """Optimiser steps of a run over `num_examples` training examples."""
+        if self.num_epochs is None:
+            return self.num_steps
+        return max(1, round(self.num_epochs * num_examples / self.batch_size))
+
+    def learning_rates(self, num_steps: int) -> NDArray[np.float64]:
+        """The learning rate of each step, num_steps values."""
+        step = np.arange(num_steps, dtype=np.float64)
+        warmup = self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * num_steps)
+        factor = np.minimum(1.0, (step + 1) / max(1, warmup))
+        left = np.clip((num_steps - step) / max(1, num_steps - warmup), 0.0, 1.0)
+        if self.lr_scheduler_type == "linear":
+            factor = np.minimum(factor, left)
+        elif self.lr_scheduler_type == "cosine":
+            factor = np.minimum(factor, 0.5 * (1.0 - np.cos(math.pi * left)))
+        return self.learning_rate * factor
+
+
+class HarvestConfig(Config):
+    """One run of one task: everything that its checkpoints depend on, but the head."""
+
+    base: BaseModel
+    task: ResolvedTask
+    splits: SplitConfig
+    lora: LoraSpec
+    fine_tune: FineTuneConfig
+    run: int = Field(0, ge=0, description="Number of the run: its data order, and its initialisation unless that is shared.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.task.name} run {self.run}"
+
+
+@dataclass(frozen=True)
+class CheckpointHarvest:
+    """w_NK: the last N checkpoints, float32, oldest first. steps: after how many steps each was taken.
+    losses: the training loss of every step of the run."""
+
+    w_NK: torch.Tensor
+    steps: torch.Tensor
+    losses: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"w_NK": self.w_NK, "steps": self.steps, "losses": self.losses}
+
+
+def group_key(config: HarvestConfig) -> tuple[Any, ...]:
+    """Runs with equal keys can share one stacked pass."""
+    fine_tune = config.fine_tune
+    return (
+        config.base, config.lora, fine_tune.precision, fine_tune.max_length, fine_tune.batch_size, fine_tune.num_harvest,
+        fine_tune.max_grad_norm,
+    )  # fmt: skip
+
+
+def run_seed(config: HarvestConfig) -> list[int]:
+    return [config.fine_tune.seed, zlib.crc32(config.task.name.encode()), config.run]
+
+
+@lru_cache(maxsize=512)
+def _epoch_order(seed: tuple[int, ...], epoch: int, num_examples: int) -> NDArray[np.int64]:
+    return np.random.default_rng([*seed, epoch]).permutation(num_examples)
+
+
+def batch_rows(seed: Sequence[int], step: int, batch_size: int, num_examples: int) -> NDArray[np.int64]:
+    """Examples of step `step`: B consecutive places in an endless sequence of reshuffled epochs."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, offsets = np.divmod(places, num_examples)
+    return np.array(
+        [_epoch_order(tuple(seed), int(e), num_examples)[o] for e, o in zip(epochs, offsets, strict=True)], np.int64
+    )
+
+
+def initial_weights(config: HarvestConfig) -> torch.Tensor:
+    """w_K as PEFT initialises it, from the config's seed (and the run's number, unless runs share theirs)."""
+    family = FAMILIES[config.base.family]
+    seed = config.fine_tune.seed
+    if not config.fine_tune.same_initialization:
+        seed = int(np.random.SeedSequence(run_seed(config)).generate_state(1)[0])
+    classifier, _ = cached_classifier(config.base, config.task.task.num_classes)
+    return initial_vector(classifier, config.lora, family.target_modules, family.block_pattern, seed)[0]
+
+
+@dataclass
+class AdamW:
+    """AdamW over the rows of w_SK, each with its own learning rate and decay. Equals torch.optim.AdamW row by row."""
+
+    mean_SK: torch.Tensor
+    square_SK: torch.Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    @torch.no_grad()
+    def step(
+        self, w_SK: torch.Tensor, grad_SK: torch.Tensor, rate_S1: torch.Tensor, decay_S1: torch.Tensor,
+        correction1: torch.Tensor, correction2: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """correction1, correction2: 1 - beta^t of this step, scalars on the device."""
+        w_SK.mul_(1.0 - rate_S1 * decay_S1)
+        self.mean_SK.lerp_(grad_SK, 1.0 - self.beta1)
+        self.square_SK.mul_(self.beta2).addcmul_(grad_SK, grad_SK, value=1.0 - self.beta2)
+        denominator = (self.square_SK / correction2).sqrt_().add_(self.eps)
+        w_SK.sub_(self.mean_SK / denominator * (rate_S1 / correction1))
+
+
+def stacked_losses(
+    logits_SBC: torch.Tensor, targets_SB: torch.Tensor, class_mask_SC: torch.Tensor, regression_S: torch.Tensor
+) -> torch.Tensor:
+    """The mean loss of each adapter's batch, S: cross-entropy over its own classes, or squared error."""
+    masked = logits_SBC.masked_fill(~class_mask_SC[:, None, :], float("-inf"))
+    classes = torch.where(regression_S[:, None], 0.0, targets_SB).long()
+    entropy = F.cross_entropy(masked.flatten(0, 1), classes.flatten(), reduction="none").view_as(targets_SB)
+    squared = (logits_SBC[..., 0] - targets_SB) ** 2
+    return torch.where(regression_S[:, None], squared, entropy).mean(dim=1)
+
+
+class FineTuning:
+    """S runs in one stack: data, weights, optimiser and the ring of harvested checkpoints."""
+
+    def __init__(self, members: Sequence[HarvestConfig], heads: Sequence[Mapping[str, torch.Tensor]], runtime: RuntimeConfig):
+        if len({group_key(member) for member in members}) != 1:
+            raise ValueError("the runs of one group must agree in base, LoRA shape, batch, length, precision and harvest")
+        self.members = list(members)
+        first = members[0]
+        self.batch_size = first.fine_tune.batch_size
+        self.max_grad_norm = first.fine_tune.max_grad_norm
+        self.num_classes = max(member.task.task.num_classes for member in members)
+        self.stack: Stack = build_stack(first.base, first.lora, self.num_classes, first.fine_tune.precision, runtime)
+        self.data = [
+            tokenize(member.task, member.splits, "train", member.base, member.fine_tune.max_length) for member in members
+        ]
+        for member, (texts, _) in zip(members, self.data, strict=True):
+            span = (member.fine_tune.num_harvest - 1) * member.fine_tune.harvest_every + 1
+            if (steps := member.fine_tune.steps_for(len(texts))) < span:
+                raise UserError(
+                    f"task {member.task.name!r}: num_harvest {member.fine_tune.num_harvest} needs {span} steps, "
+                    f"{member.fine_tune.num_epochs} epochs are {steps}; raise num_epochs or lower num_harvest"
+                )
+        self.num_steps = [m.fine_tune.steps_for(len(texts)) for m, (texts, _) in zip(members, self.data, strict=True)]
+        device = self.stack.device
+        self.w_SK = torch.stack([initial_weights(member) for member in members]).to(device)
+        self.adamw = AdamW(torch.zeros_like(self.w_SK), torch.zeros_like(self.w_SK))
+        self.ring_SNK = torch.zeros(len(members), first.fine_tune.num_harvest, self.w_SK.shape[1])
+        self.losses_ST = torch.full((len(members), max(self.num_steps)), float("nan"))
+        self.heads = self.stack.model.stack_heads(list(heads), self.num_classes)
+        classes = torch.tensor([member.task.task.num_classes for member in members])
+        self.class_mask_SC = (torch.arange(self.num_classes)[None] < classes[:, None]).to(device)
+        self.regression_S = torch.tensor([member.task.task.labels is None for member in members], device=device)
+        self.decay_S1 = torch.tensor([[member.fine_tune.weight_decay] for member in members], device=device)
+        self.rates_TS = np.zeros((max(self.num_steps), len(members)), np.float32)
+        for s, member in enumerate(members):
+            self.rates_TS[: self.num_steps[s], s] = member.fine_tune.learning_rates(self.num_steps[s])
+        self.step = 0
+
+    def run(self, runtime: RuntimeConfig, resume: ResumeState | None = None) -> list[CheckpointHarvest]:
+        """Train every run to its end. Raises UserError at the first loss that is not finite."""
+        if resume is not None and (state := resume.load()) is not None:
+            self._restore(*state)
+        total = max(self.num_steps)
+        label = "harvest " + ", ".join(member.label for member in self.members[:3])
+        label += f" and {len(self.members) - 3} more" if len(self.members) > 3 else ""
+        with track(label, total, runtime, done=self.step) as progress:
+            while self.step < total:
+                loss_S = self._train_step(self.step)
+                self.losses_ST[:, self.step] = loss_S.cpu()
+                self._check_finite(self.step)
+                self.step += 1
+                self._harvest()
+                progress.step(loss=float(self.losses_ST[:, self.step - 1].nanmean()))
+                if resume is not None and resume.due():
+                    resume.save(self._state(), {"step": self.step})
+        return [self._result(s) for s in range(len(self.members))]
+
+    def _train_step(self, step: int) -> torch.Tensor:
+        rows = [
+            batch_rows(run_seed(member), step, self.batch_size, len(texts))
+            for member, (texts, _) in zip(self.members, self.data, strict=True)
+        ]
+        keys = None
+        if self.members[0].lora.lora_dropout > 0:
+            seeds = [np.random.SeedSequence([*run_seed(member), step]).generate_state(1)[0] for member in self.members]
+            keys = np.array(seeds, np.int64)
+        chunk = 16 if self.stack.device.type == "cpu" else 64
+        batch = self.stack.batch([texts for texts, _ in self.data], rows, chunk=chunk, keys=keys).to(self.stack.device)
+        targets = np.stack([labels[row] for row, (_, labels) in zip(rows, self.data, strict=True)])
+        targets_SB = torch.from_numpy(targets).float().to(self.stack.device)
+        rate_S1 = torch.from_numpy(self.rates_TS[step])[:, None].to(self.stack.device)
+        w_SK = self.w_SK.detach().requires_grad_()
+        logits = self.stack.model(w_SK, self.heads, batch)
+        loss_S = stacked_losses(logits, targets_SB, self.class_mask_SC, self.regression_S)
+        (grad_SK,) = torch.autograd.grad(loss_S.sum(), w_SK)
+        norm_S1 = torch.linalg.vector_norm(grad_SK, dim=1, keepdim=True)
+        grad_SK = grad_SK * (self.max_grad_norm / (norm_S1 + 1e-6)).clamp(max=1.0)
+        corrections = [torch.tensor(1.0 - beta ** (step + 1)) for beta in (self.adamw.beta1, self.adamw.beta2)]
+        self.adamw.step(self.w_SK, grad_SK, rate_S1, self.decay_S1, *(c.to(self.stack.device) for c in corrections))
+        return loss_S.detach()
+
+    def _check_finite(self, step: int) -> None:
+        for s, member in enumerate(self.members):
+            if step < self.num_steps[s] and not math.isfinite(float(self.losses_ST[s, step])):
+                raise UserError(
+                    f"task {member.task.name!r}: the loss of run {member.run} is not finite at step {step + 1}; lower "
+                    f"fine_tune.learning_rate (now {member.fine_tune.learning_rate:g}) or check the data"
+                )
+
+    def _harvest(self) -> None:
+        """Copy the rows whose step belongs to the harvest: the last of a run, and every `harvest_every` before it."""
+        for s, member in enumerate(self.members):
+            before_end, every = self.num_steps[s] - self.step, member.fine_tune.harvest_every
+            if before_end >= 0 and before_end % every == 0:
+                place = member.fine_tune.num_harvest - 1 - before_end // every
+                if place >= 0:
+                    self.ring_SNK[s, place] = self.w_SK[s].cpu()
+
+    def _result(self, s: int) -> CheckpointHarvest:
+        fine_tune = self.members[s].fine_tune
+        back = torch.arange(fine_tune.num_harvest - 1, -1, -1) * fine_tune.harvest_every
+        return CheckpointHarvest(
+            w_NK=self.ring_SNK[s].clone(), steps=self.num_steps[s] - back, losses=self.losses_ST[s, : self.num_steps[s]].clone()
+        )
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {
+            "w_SK": self.w_SK, "mean_SK": self.adamw.mean_SK, "square_SK": self.adamw.square_SK, "ring_SNK": self.ring_SNK,
+            "losses_ST": self.losses_ST,
+        }  # fmt: skip
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        self.w_SK.copy_(tensors["w_SK"])
+        self.adamw.mean_SK.copy_(tensors["mean_SK"])
+        self.adamw.square_SK.copy_(tensors["square_SK"])
+        self.ring_SNK.copy_(tensors["ring_SNK"])
+        self.losses_ST.copy_(tensors["losses_ST"])
+        self.step = int(numbers["step"])
+
+
+def adapters_in_memory(members: Sequence[HarvestConfig], runtime: RuntimeConfig) -> int:
+    """How many runs to train in one stack."""
+    return runtime.adapters_per_batch or len(members)
+
