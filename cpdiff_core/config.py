@@ -55,6 +55,7 @@ class RuntimeConfig(Config):
     """Where and how fast. Nothing here may change a result beyond rounding, and nothing here is in a cache key."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:<index>. auto takes a GPU if there is one.")
+    data_dir: str | None = Field(None, description="Folder that relative data paths and glue/<task>/ start from.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one process; None leaves torch's choice.")
     adapters_per_batch: int | None = Field(
         None, ge=1, description="LoRA adapters trained or scored in one forward pass; None chooses by memory."

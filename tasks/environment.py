@@ -1,8 +1,8 @@
 """The one root, and the settings that an embedded run needs before Prefect is imported.
 
 Nothing here imports Prefect at import time: Prefect reads its settings once, when it is first imported, so a command
-calls `prepare` before anything else. What the user has set, in the environment or in a `.env` file in the working
-folder (Prefect reads both by itself), always wins over the defaults here.
+calls `prepare` before anything else. What the user has set, in the environment, in a `.env` file in the working folder
+or in a Prefect profile (Prefect reads all three by itself), always wins over the defaults here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import os
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from cpdiff_core.config import UserError
@@ -20,8 +21,8 @@ ROOT_VARIABLE = "PREFECT_LOCAL_STORAGE_PATH"
 DEFAULT_ROOT = Path("~/.cpdiff")
 
 DEFAULTS = {
-    # Without PREFECT_API_URL every command starts a server of its own; on a slow machine that takes more than the
-    # 20 seconds that Prefect allows.
+    # Without PREFECT_API_URL a server of its own is started; on a slow machine that takes more than the 20 seconds
+    # that Prefect allows.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # No outside connection: the server's and the client's usage statistics.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -31,6 +32,8 @@ DEFAULTS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # Also for what Prefect records of failed runs: nothing is ever unpickled.
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
 }
 
 
@@ -41,7 +44,9 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
     """
     if "prefect" in sys.modules:
         raise RuntimeError("prepare() must be called before prefect is imported, which reads the settings only once")
-    chosen = _from_dotenv() | dict(os.environ)
+    for name, value in _from_dotenv().items():  # also what is not Prefect's, such as HF_HOME
+        os.environ.setdefault(name, value)
+    chosen = chosen_settings()
     for name, value in DEFAULTS.items():
         if name not in chosen:
             os.environ[name] = value
@@ -52,6 +57,11 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
     return path
 
 
+def chosen_settings() -> dict[str, str]:
+    """What the user has set where Prefect looks: the active profile, `.env`, and, above both, the environment."""
+    return _from_profile() | _from_dotenv() | dict(os.environ)
+
+
 def _from_dotenv() -> dict[str, str]:
     file = Path(".env")
     if not file.is_file():
@@ -59,6 +69,16 @@ def _from_dotenv() -> dict[str, str]:
     from dotenv import dotenv_values  # comes with Prefect's settings, and reads the file as they do
 
     return {name.upper(): value for name, value in dotenv_values(file).items() if value is not None}
+
+
+def _from_profile() -> dict[str, str]:
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text(encoding="utf-8"))
+        active = os.environ.get("PREFECT_PROFILE", profiles.get("active"))
+        return {name: str(value) for name, value in profiles["profiles"][active].items()}
+    except (OSError, ValueError, KeyError, AttributeError):  # none, or one that Prefect itself will complain about
+        return {}
 
 
 def root() -> Path:

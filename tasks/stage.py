@@ -124,6 +124,7 @@ def stage(
             return result
 
         def run_name(parameters: dict[str, Any]) -> str:
+            identify(parameters)  # so that a wrong argument is named before the label trips over it
             return f"{name} {label(**{key: parameters[key] for key in shown})}" if label is not None else name
 
         run.__signature__ = signature  # type: ignore[attr-defined]  # what Prefect and callers see
@@ -175,19 +176,22 @@ def resume_state(artifact: Artifact, runtime: RuntimeConfig) -> ResumeState:
 
 
 def clean(path: Path, older_than_seconds: float = 86400.0) -> list[Path]:
-    """Remove the scratch folders that killed processes have left below the root `path`, and return them."""
+    """Remove what nobody reads below the root `path`, and return it: the scratch folders of killed processes and the
+    records that Prefect keeps of exceptions (files of 32 hex digits)."""
+    old = time.time() - older_than_seconds
     removed = []
     for scratch in path.glob(f"*/{SCRATCH_PREFIX}*"):
-        try:
-            # Young ones may belong to a stage that runs; so may old ones, then their stage's lock is taken.
-            if time.time() - scratch.stat().st_mtime < older_than_seconds:
-                continue
-            builds = scratch.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
-            with hold([cache_key(Artifact(stage=scratch.parent.name, fingerprint=builds))], timeout=0):
+        builds = scratch.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
+        # A stage may take longer than `older_than_seconds`; then its lock is taken.
+        with suppress(OSError, TimeoutError), hold([f"{scratch.parent.name}/{builds}/{RECORD}"], timeout=0):
+            if scratch.stat().st_mtime < old:
                 shutil.rmtree(scratch)
-        except (OSError, TimeoutError):
-            continue
-        removed.append(scratch)
+                removed.append(scratch)
+    for record in path.glob("[0-9a-f]" * 32):
+        with suppress(OSError):
+            if record.is_file() and record.stat().st_mtime < old:
+                record.unlink()
+                removed.append(record)
     return removed
 
 

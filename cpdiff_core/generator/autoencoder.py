@@ -215,21 +215,50 @@ def _center_and_scale(model: ParameterAutoencoder, w_VK: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _start_from_components(model: ParameterAutoencoder, w_VK: torch.Tensor, task_V: torch.Tensor) -> None:
-    """Set the first and last layer to each slice's basis, scaled to latents of unit variance."""
+    """Set the first and last layer to each slice's components, with unit variance and in one common basis.
+
+    Each slice's own components are turned (an orthogonal Procrustes problem) towards the components of the whole
+    vector, so that a channel means the same at every position: a convolution presumes that, and without it the
+    diffusion model draws every slice by itself and loses how slices move together.
+    """
     rows = _at_most_per_task(task_V, total=1024)
     x_VLP = torch.cat([model._slices(part.to(model.scale.device)) for part in w_VK[rows].split(_ROWS)])
     _, group_V = task_V[rows].to(x_VLP.device).unique(return_inverse=True)
-    model.into.weight.zero_()
-    model.out_of.weight.zero_()
+    common_VC = _common_scores(x_VLP, group_V, model.channels)
+    for layer in (model.into, model.out_of):
+        layer.weight.zero_()
+        layer.bias.zero_()
     for position in range(model.length):
         x_VP = x_VLP[:, position].double()
         basis_PC = _slice_basis(x_VP, group_V, model.channels)
-        std_C = (x_VP @ basis_PC).std(0, correction=0)
-        used = basis_PC.shape[1]
-        model.into.weight[position, :, :used] = (basis_PC / std_C).float()
-        model.out_of.weight[position, :used] = (basis_PC * std_C).T.float()
-    model.into.bias.zero_()
-    model.out_of.bias.zero_()
+        z_VC = x_VP @ basis_PC
+        std_C = z_VC.std(0, correction=0)
+        z_VC = F.pad(z_VC / std_C, (0, model.channels - len(std_C)))
+        left, _, right = torch.linalg.svd(z_VC.T @ common_VC)
+        turn_CC = (left @ right)[: len(std_C)]
+        model.into.weight[position] = (basis_PC / std_C @ turn_CC).float()
+        model.out_of.weight[position] = (basis_PC * std_C @ turn_CC).T.float()
+
+
+def _common_scores(x_VLP: torch.Tensor, group_V: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """Scores of the whole vectors on their own components, between tasks and then inside tasks, [V, C].
+
+    Computed from the V x V matrix of inner products, which is all that fits for long vectors.
+    """
+    inner_VV = torch.zeros(len(x_VLP), len(x_VLP), dtype=torch.float64, device=x_VLP.device)
+    for position in range(x_VLP.shape[1]):
+        x_VP = x_VLP[:, position].double()
+        inner_VV += x_VP @ x_VP.T
+    same_VV = (group_V.unsqueeze(0) == group_V.unsqueeze(1)).double()
+    means_VV = same_VV / same_VV.sum(1, keepdim=True)  # applied to vectors, replaces each by the mean of its task
+    rest_VV = torch.eye(len(means_VV), dtype=torch.float64, device=means_VV.device) - means_VV
+    scores: list[torch.Tensor] = []
+    for operator_VV, count in ((means_VV, max(1, num_channels // 2)), (rest_VV, num_channels)):
+        value, vector = torch.linalg.eigh(operator_VV @ inner_VV @ operator_VV)
+        order = value.argsort(descending=True)[: min(count, num_channels - sum(part.shape[1] for part in scores))]
+        scores.append(vector[:, order[value[order] > 1e-12 * inner_VV.trace()]])
+    score_VC = torch.cat(scores, 1)
+    return F.pad(score_VC, (0, num_channels - score_VC.shape[1]))
 
 
 def _slice_basis(x_VP: torch.Tensor, group_V: torch.Tensor, num_channels: int) -> torch.Tensor:

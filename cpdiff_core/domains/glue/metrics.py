@@ -61,7 +61,7 @@ def metric(
     with np.errstate(invalid="ignore"):
         score = 100.0 * _METRICS[name](predicted, gold, weight_Rn)
     score = np.where(np.isfinite(predicted).all(axis=-1)[..., None], score, np.nan)
-    return score if counts is not None else score[..., 0]
+    return score if counts is not None else score[..., 0][()]
 
 
 def compute_metrics(

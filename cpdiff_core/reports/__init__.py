@@ -1,0 +1,1 @@
+"""Tables and the one HTML page of an experiment."""

@@ -1,0 +1,1 @@
+"""Prefect flows: the method as a composition of cached stages, and the command line."""

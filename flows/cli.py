@@ -1,0 +1,147 @@
+"""The command line: `cpdiff list`, `cpdiff show NAME`, `cpdiff run NAME-or-FILE.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from cpdiff_core.config import RuntimeConfig, UserError
+from tasks.environment import check_root, prepare
+
+app = typer.Typer(
+    help="Generate LoRA weights from a description of the task, and learn what they are worth.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+ExperimentName = Annotated[str, typer.Argument(help="An experiment's name (see `cpdiff list`) or a .json file.")]
+Root = Annotated[Path | None, typer.Option(help="Where artifacts are kept; default PREFECT_LOCAL_STORAGE_PATH or ~/.cpdiff.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")]
+
+
+def load_experiment(name: str) -> Any:
+    """An experiment by name or from a JSON file. Raises UserError naming the first wrong field."""
+    from cpdiff_core.experiments import ExperimentConfig, experiment
+
+    if not name.endswith(".json"):
+        return experiment(name)
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"experiment file {name!r}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"experiment file {name!r}: line {error.lineno}: is not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"experiment file {name!r}: must hold one JSON object; `cpdiff show quickstart` prints an example")
+    try:
+        return ExperimentConfig.model_validate(value)
+    except ValidationError as error:
+        raise UserError(first_fault(f"experiment file {name!r}", error)) from error
+
+
+def first_fault(where: str, error: ValidationError) -> str:
+    """One line for the first fault of a configuration: the field, the value, what is expected."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    field = ".".join(str(part) for part in fault["loc"]) or "value"
+    shown = repr(fault["input"])
+    value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
+    message = fault["msg"].removeprefix("Value error, ")
+    message = "unknown field; check its name" if fault["type"] == "extra_forbidden" else message
+    more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
+    return f"{where}: {field}{value}: {message}{more}"
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """The experiments by name, with what they are for."""
+    from cpdiff_core.experiments import EXPERIMENTS
+
+    width = max(map(len, EXPERIMENTS))
+    for name, item in EXPERIMENTS.items():
+        typer.echo(f"{name:<{width}}  {item.description}")
+
+
+@app.command()
+def show(name: ExperimentName) -> None:
+    """The full configuration of an experiment as JSON: a starting point for your own."""
+    typer.echo(json.dumps(load_experiment(name).model_dump(mode="json"), indent=1))
+
+
+@app.command()
+def run(
+    name: ExperimentName,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    root: Root = None,
+    data_dir: DataDir = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    adapters: Annotated[int | None, typer.Option(min=1, help="Adapters per batch; chosen by memory if not given.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No live progress.")] = False,
+) -> None:
+    """Run an experiment; print its table and the path of its report. What is already there is not computed again."""
+    started = time.monotonic()
+    experiment = load_experiment(name)
+    offline = experiment.base_model.name == "minilm-l6" and all(task.data.kind in ("excerpt", "files") for task in experiment.tasks)
+    path = prepare(root, offline=offline)
+    check_root(path)
+    runtime = RuntimeConfig(
+        device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
+        adapters_per_batch=adapters, progress=not quiet,
+    )  # fmt: skip
+    from cpdiff_core.experiments import resolve
+
+    typer.echo(json.dumps(experiment.model_dump(mode="json", exclude={"economies"}), indent=1), err=True)
+    resolved = resolve(experiment, data_dir)
+    typer.echo(f"base model {resolved.base.name}: {resolved.base.folder}", err=True)
+    typer.echo(f"root       {path}", err=True)
+    from flows.pipeline import run_experiment
+    from tasks.report import tally
+
+    report = Path(run_experiment(experiment, runtime))
+    counts = tally()
+    typer.echo((report.parent / "summary.txt").read_text(encoding="utf-8"))
+    typer.echo(
+        f"{counts['computed']} stages computed, {counts['cached']} Cached, in {time.monotonic() - started:.0f} s", err=True
+    )
+    typer.echo(f"report: {report}")
+
+
+def _checked_device(device: str) -> str:
+    import torch
+
+    try:
+        kind = device if device == "auto" else torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"--device {device!r}: is no device; use auto, cpu, cuda or cuda:<index>") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device!r}: torch sees no CUDA device here; use cpu, or install a CUDA build of torch")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device!r}: is not supported; use auto, cpu, cuda or cuda:<index>")
+    return device
+
+
+def main() -> None:
+    """Entry point: a user's fault is one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

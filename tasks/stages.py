@@ -1,0 +1,213 @@
+"""The cached stages: one thin function each, from files to files. The science is in `cpdiff_core`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
+from cpdiff_core.config import Config, RuntimeConfig
+from cpdiff_core.domains.base_models import BaseModel
+from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig
+from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest, FineTuning, HarvestConfig, group_key
+from cpdiff_core.domains.glue.heads import HeadConfig
+from cpdiff_core.domains.glue.heads import fit_head as compute_head
+from cpdiff_core.domains.glue.prompts import task_conditions
+from cpdiff_core.domains.glue.stacks import device_of
+from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, SelectionArtifact, score_vectors
+from cpdiff_core.experiments import ExperimentConfig
+from cpdiff_core.generator.autoencoder import (
+    AutoencoderConfig,
+    ParameterAutoencoder,
+    pca_within_task_variance_explained,
+    within_task_variance_explained,
+)
+from cpdiff_core.generator.autoencoder import fit_autoencoder as compute_autoencoder
+from cpdiff_core.generator.conditions import ConditionConfig
+from cpdiff_core.generator.diffusion import DiffusionConfig, LatentDiffusion, SamplingConfig
+from cpdiff_core.generator.diffusion import fit_diffusion as compute_diffusion
+from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
+from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
+from cpdiff_core.reports.page import ReportInputs, write_report
+from tasks.locks import hold
+from tasks.stage import cache_key, folder, is_done, resume_state, root, stage
+
+HEAD_FILE = "head.safetensors"
+
+
+class Generator(Config):
+    """The fitted generator's parts, each an artifact."""
+
+    normalizer: Artifact
+    autoencoder: Artifact
+    conditions: Artifact
+    diffusion: Artifact
+
+
+@stage("fit_head", label=lambda task: task.name)
+def fit_head(
+    out: Path, config: HeadConfig, base: BaseModel, task: ResolvedTask, splits: SplitConfig, max_length: int, *,
+    runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    write_tensors(out / HEAD_FILE, compute_head(config, base, task, splits, max_length, runtime=runtime))
+
+
+@stage("harvest_checkpoints", label=lambda config: config.label)
+def harvest_checkpoints(
+    out: Path, config: HarvestConfig, head: Artifact, *, runtime: RuntimeConfig, resume: ResumeState
+) -> None:
+    """Commit what a group pass has left, or else train this run alone."""
+    state = resume.load()
+    if state is None or not state[1].get("finished"):
+        tuning = FineTuning([config], [read_tensors(folder(head), HEAD_FILE)], runtime)
+        harvest = tuning.run(runtime, resume)[0]
+    else:
+        harvest = CheckpointHarvest(**state[0])
+    write_tensors(out / HARVEST_FILE, harvest.tensors())
+
+
+def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact], runtime: RuntimeConfig) -> None:
+    """Train every missing run that can share a pass, under the locks of all of them.
+
+    Each finished run is left as a resume state that its own stage commits, so grouping and resuming are one
+    mechanism. A killed group goes on as the group it was, if the same runs are missing.
+    """
+    groups: dict[object, list[tuple[HarvestConfig, Artifact]]] = {}
+    for config, head in zip(configs, heads, strict=True):
+        if not _settled(harvest_checkpoints.artifact(config, head, runtime=runtime), runtime):
+            groups.setdefault(group_key(config), []).append((config, head))
+    for members in groups.values():
+        size = runtime.adapters_per_batch or len(members)
+        for first in range(0, len(members), size):
+            _harvest_group(members[first : first + size], runtime)
+
+
+def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:
+    """Whether a run is committed, or finished and waiting for its stage to commit it."""
+    if is_done(artifact):
+        return True
+    state = resume_state(artifact, runtime).load()
+    return state is not None and bool(state[1].get("finished"))
+
+
+def _harvest_group(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
+    artifacts = [harvest_checkpoints.artifact(config, head, runtime=runtime) for config, head in members]
+    with hold([cache_key(artifact) for artifact in artifacts]):
+        missing = [i for i, artifact in enumerate(artifacts) if not _settled(artifact, runtime)]
+        if len(missing) < 2:  # another process has trained the rest, or a single run: its own stage does that
+            return
+        configs = [members[i][0] for i in missing]
+        tuning = FineTuning(configs, [read_tensors(folder(members[i][1]), HEAD_FILE) for i in missing], runtime)
+        name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
+        group = resume_state(Artifact(stage="harvest_group", fingerprint=_short(name)), runtime)
+        for i, harvest in zip(missing, tuning.run(runtime, group), strict=True):
+            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True})
+        group.discard()
+
+
+def _short(text: str) -> str:
+    from cpdiff_core.config import fingerprint
+
+    return fingerprint("harvest_group", 1, {"members": text})
+
+
+def _vectors(zoo: Zoo, normalizer: Artifact) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normalised w_VK of all tasks, task index of each)."""
+    fitted = load_normalizer(normalizer)
+    harvests = zoo.load(root())
+    w_VK = torch.cat([fitted.normalize(task, w_NK) for task, w_NK in harvests.items()])
+    task_V = torch.cat([torch.full((len(w_NK),), q) for q, w_NK in enumerate(harvests.values())])
+    return w_VK, task_V
+
+
+def load_normalizer(artifact: Artifact) -> Normalizer:
+    value = read_json(folder(artifact), "normalizer.json")
+    config = NormalizationConfig.model_validate(value["config"])
+    return Normalizer.from_tensors(config, value["tasks"], read_tensors(folder(artifact), "normalizer.safetensors"))
+
+
+@stage("fit_normalization")
+def fit_normalization(out: Path, config: NormalizationConfig, zoo: Zoo) -> None:
+    normalizer = Normalizer.fit(config, zoo.load(root()))
+    write_tensors(out / "normalizer.safetensors", normalizer.tensors())
+    write_json(out / "normalizer.json", {"config": config.model_dump(mode="json"), "tasks": list(normalizer.tasks)})
+
+
+@stage("fit_autoencoder")
+def fit_autoencoder(
+    out: Path, config: AutoencoderConfig, zoo: Zoo, normalizer: Artifact, seed: int, *, runtime: RuntimeConfig,
+    resume: ResumeState,
+) -> None:  # fmt: skip
+    w_VK, task_V = _vectors(zoo, normalizer)
+    device = device_of(runtime)
+    model, losses = compute_autoencoder(config, w_VK, task_V, seed=seed, device=device, runtime=runtime, resume=resume)
+    model.save(out)
+    write_tensors(out / "losses.safetensors", {"losses": losses})
+    reconstruction_VK = model.decode(model.encode(w_VK.to(device))).cpu()
+    write_json(
+        out / "quality.json",
+        {
+            "within_task_variance_explained": within_task_variance_explained(w_VK, reconstruction_VK, task_V),
+            "pca16_within_task_variance_explained": pca_within_task_variance_explained(w_VK, task_V, 16),
+        },
+    )
+
+
+@stage("encode_conditions")
+def encode_conditions(
+    out: Path, config: ConditionConfig, tasks: tuple[ResolvedTask, ...], splits: SplitConfig, seed: int, *,
+    runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    y_QPE, y_QE, texts = task_conditions(config, tasks, splits, seed, device_of(runtime))
+    write_tensors(out / "conditions.safetensors", {"y_QPE": y_QPE, "y_QE": y_QE})
+    write_json(out / "prompts.json", {"tasks": [task.name for task in tasks], **texts.model_dump(mode="json")})
+
+
+@stage("fit_diffusion")
+def fit_diffusion(
+    out: Path, config: DiffusionConfig, condition: ConditionConfig, zoo: Zoo, normalizer: Artifact, autoencoder: Artifact,
+    conditions: Artifact, seed: int, *, runtime: RuntimeConfig, resume: ResumeState,
+) -> None:  # fmt: skip
+    w_VK, task_V = _vectors(zoo, normalizer)
+    device = device_of(runtime)
+    z_VCL = ParameterAutoencoder.load(folder(autoencoder), device).encode(w_VK.to(device))
+    y_QPE = read_tensors(folder(conditions), "conditions.safetensors")["y_QPE"]
+    model, losses = compute_diffusion(
+        config, condition, z_VCL, task_V, y_QPE, seed=seed, device=device, runtime=runtime, resume=resume
+    )
+    model.save(out)
+    write_tensors(out / "losses.safetensors", {"losses": losses})
+
+
+@stage("generate_candidates", label=lambda task: task)
+def generate_candidates(
+    out: Path, config: SamplingConfig, generator: Generator, task: str, seed: int, *, runtime: RuntimeConfig
+) -> None:
+    """w_MK: M candidates of one task from noise and its held-out condition, decoded and de-normalised."""
+    device = device_of(runtime)
+    names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
+    y_1E = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"][names.index(task)][None]
+    diffusion = LatentDiffusion.load(folder(generator.diffusion), device)
+    z_MCL = diffusion.sample(y_1E, config.num_candidates, seed, config)[0]
+    normalized_MK = ParameterAutoencoder.load(folder(generator.autoencoder), device).decode(z_MCL).cpu()
+    w_MK = load_normalizer(generator.normalizer).invert(task, normalized_MK)
+    write_tensors(out / CANDIDATE_FILE, {"w_MK": w_MK, "z_MCL": z_MCL})
+
+
+@stage("score_selection", returns=SelectionArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}")
+def score_selection(
+    out: Path, config: ScoringConfig, vectors: VectorSet, head: Artifact, *, runtime: RuntimeConfig
+) -> None:
+    score_vectors(out, config, vectors, read_tensors(folder(head), HEAD_FILE), "selection", root(), runtime)
+
+
+@stage("score_report", returns=ReportArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}")
+def score_report(out: Path, config: ScoringConfig, vectors: VectorSet, head: Artifact, *, runtime: RuntimeConfig) -> None:
+    score_vectors(out, config, vectors, read_tensors(folder(head), HEAD_FILE), "report", root(), runtime)
+
+
+@stage("report", label=lambda config: config.name)
+def report(out: Path, config: ExperimentConfig, inputs: ReportInputs) -> None:
+    write_report(out, config, inputs, root())

@@ -1,0 +1,44 @@
+"""Real processes for the tests of the cache rule."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # child processes too import toy_stages by its name
+
+Start = Callable[..., BaseProcess]
+
+
+@pytest.fixture(scope="session")
+def _forkserver() -> Any:
+    """Processes forked from one that has imported everything: a second each instead of five."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy_stages"])
+    return context
+
+
+@pytest.fixture
+def start(artifact_root: Path, prefect_server: str, _forkserver: Any) -> Iterator[Start]:
+    """`start(function, *arguments)` runs a function of toy_stages in a process of its own, in the test's root."""
+    from toy_stages import in_child
+
+    started = []
+
+    def begin(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+        process = _forkserver.Process(target=in_child, args=(artifact_root, prefect_server, function, arguments))
+        process.start()
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()

@@ -1,0 +1,187 @@
+"""Small stages that write down when their body runs, and the functions that child processes run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import flow
+from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, write_tensors
+from cpdiff_core.config import Config, RuntimeConfig, UserError
+from tasks.locks import hold
+from tasks.stage import folder, root, stage
+
+STEPS = 50
+DEFAULT_RUNTIME = RuntimeConfig()
+
+
+class Number(Config):
+    value: int
+    scale: float = 1.0
+
+
+class Sum(Artifact):
+    """An artifact with a type of its own."""
+
+
+def log(line: str) -> None:
+    root().mkdir(parents=True, exist_ok=True)
+    with (root() / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def logged(path: Path) -> list[str]:
+    file = path / "log.txt"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def die_if_told(point: str) -> None:
+    """As kill -9 does it, if the file `die-<point>` lies in the root."""
+    if (root() / f"die-{point}").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk_if_told() -> None:
+    if (root() / "fill-before-record").exists():
+        with suppress(OSError), (root() / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+
+def before_record(transaction: Any) -> None:
+    """Prefect calls it when the folder is in place and its own record is not written yet."""
+    die_if_told("before-record")
+    fill_disk_if_told()
+
+
+def load(artifact: Artifact) -> float:
+    return float(read_tensors(folder(artifact), "value.safetensors")["value"])
+
+
+def save(out: Path, value: float) -> None:
+    write_tensors(out / "value.safetensors", {"value": torch.tensor(float(value))})
+
+
+@stage("number", label=lambda number: f"value {number.value}", on_commit=[before_record])
+def number(out: Path, number: Number, *, runtime: RuntimeConfig = DEFAULT_RUNTIME) -> None:
+    log(f"number {number.value}")
+    save(out, number.value * number.scale)
+    die_if_told("in-body")
+
+
+@stage("double")
+def double(out: Path, x: Artifact) -> None:
+    log("double")
+    save(out, 2 * load(x))
+
+
+@stage("add", returns=Sum)
+def add(out: Path, x: Artifact, y: Artifact) -> None:
+    log("add")
+    save(out, load(x) + load(y))
+
+
+@stage("total")
+def total(out: Path, sums: tuple[Sum, ...]) -> None:
+    log("total")
+    save(out, sum(load(item) for item in sums))
+
+
+@stage("slow")
+def slow(out: Path, seconds: float) -> None:
+    log("slow begins")
+    time.sleep(seconds)
+    save(out, seconds)
+    log("slow ends")
+
+
+@stage("walk")
+def walk(out: Path, num_steps: int, *, runtime: RuntimeConfig, resume: ResumeState | None = None) -> None:
+    """Counts to `num_steps` and saves its state after each; 4 MB, so that a kill falls into a save now and then."""
+    assert resume is not None
+    state = resume.load()
+    step, ballast = (state[1]["step"], state[0]["ballast"]) if state else (0, torch.zeros(1_000_000))
+    log(f"walk from {step}")
+    while step < num_steps:
+        step, ballast = step + 1, ballast + 1
+        resume.save({"ballast": ballast}, {"step": step})
+        time.sleep(0.01)
+    save(out, float(ballast[0]))
+
+
+@stage("flaky", retries=2)
+def flaky(out: Path, failures: int, kind: str) -> None:
+    log("flaky")
+    (out / "half-written.txt").write_text("half")
+    if logged(root()).count("flaky") <= failures:
+        raise UserError("rank=0: must be at least 1; choose another") if kind == "user" else ConnectionError("again")
+    save(out, 1)
+
+
+@stage("many_files")
+def many_files(out: Path, count: int) -> None:
+    for index in range(count):
+        (out / f"{index}.txt").write_text(str(index))
+
+
+@stage("fills_disk")
+def fills_disk(out: Path, megabytes: int, writer: str) -> None:
+    if writer == "safetensors":
+        write_tensors(out / "big.safetensors", {"big": torch.zeros(megabytes * 250_000)})
+    else:
+        (out / "big.bin").write_bytes(bytes(megabytes * 1_000_000))
+
+
+@flow(persist_result=False)
+def diamond(left: int, right: int) -> Artifact:
+    x, y = number(Number(value=left)), number(Number(value=right))
+    return double(add(double(x), y))
+
+
+def in_child(path: Path, api_url: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path, PREFECT_API_URL: api_url}):
+        function(*arguments)
+
+
+def run_number(value: int) -> None:
+    number(Number(value=value))
+
+
+def run_slow(seconds: float) -> None:
+    slow(seconds)
+    log(f"had {load(slow.artifact(seconds))}")
+
+
+def run_walk() -> None:
+    walk(STEPS, runtime=RuntimeConfig())
+
+
+def refresh_for_ever() -> None:
+    while True:
+        many_files.with_options(refresh_cache=True)(200)
+
+
+def hold_and_log(keys: list[str], repetitions: int, seconds: float) -> None:
+    for _ in range(repetitions):
+        with hold(keys):
+            log(f"enter {os.getpid()}")
+            time.sleep(seconds)
+            log(f"leave {os.getpid()}")
+
+
+def hold_and_fork(key: str) -> None:
+    """Holds the lock, and so does a child that lives on when this process is killed."""
+    with hold([key]):
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        log("forked")
+        time.sleep(20)
