@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from tasks.environment import check_root, prepare
+from tasks.server import start_server
 
 app = typer.Typer(
     help="Generate LoRA weights from a description of the task, and learn what they are worth.",
@@ -88,10 +89,10 @@ def run(
 ) -> None:
     """Run an experiment; print its table and the path of its report. What is already there is not computed again."""
     started = time.monotonic()
-    experiment = load_experiment(name)
-    offline = experiment.base_model.name == "minilm-l6" and all(task.data.kind in ("excerpt", "files") for task in experiment.tasks)
-    path = prepare(root, offline=offline)
+    path = prepare(root, offline=_embedded(name))
     check_root(path)
+    server = start_server(path)  # before the imports below, which take as long as the server needs
+    experiment = load_experiment(name)
     runtime = RuntimeConfig(
         device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
         adapters_per_batch=adapters, progress=not quiet,
@@ -105,6 +106,8 @@ def run(
     from flows.pipeline import run_experiment
     from tasks.report import tally
 
+    if server is not None:
+        server.wait(timeout=120)
     report = Path(run_experiment(experiment, runtime))
     counts = tally()
     typer.echo((report.parent / "summary.txt").read_text(encoding="utf-8"))
@@ -112,6 +115,18 @@ def run(
         f"{counts['computed']} stages computed, {counts['cached']} Cached, in {time.monotonic() - started:.0f} s", err=True
     )
     typer.echo(f"report: {report}")
+
+
+def _embedded(name: str) -> bool:
+    """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
+    if not name.endswith(".json"):
+        return name.startswith("quickstart")
+    try:
+        value = json.loads(Path(name).read_text(encoding="utf-8"))
+        kinds = {task["data"]["kind"] for task in value["tasks"]}
+        return value.get("base_model", {}).get("name", "minilm-l6") == "minilm-l6" and kinds <= {"excerpt", "files"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # whatever is wrong is reported when the file is read in earnest
 
 
 def _checked_device(device: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -193,7 +194,8 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names that we do not use
             torch.manual_seed(0)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(base.folder), num_labels=num_labels, local_files_only=True, output_loading_info=True,

@@ -62,7 +62,7 @@ class UNet1d(nn.Module):
         self.gain = nn.Linear(embedding, channels)
         for layer in (self.out_of, self.gain):
             nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
 
     def forward(self, x_BCL: torch.Tensor, t_B: torch.Tensor, y_BD: torch.Tensor) -> torch.Tensor:
         e_BE = F.silu(self.time(sinusoidal(t_B, self.config.time_width)) + self.condition(y_BD))

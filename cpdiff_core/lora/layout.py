@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -128,7 +129,8 @@ def layout_of(peft_model: nn.Module, block_pattern: str) -> ParameterLayout:
 
 def adapt(model: nn.Module, lora: LoraSpec, target_modules: Sequence[str], seed: int) -> nn.Module:
     """A PEFT model on a copy of `model`, its LoRA weights drawn by PEFT itself from `seed`."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own, raised by PEFT
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(copy.deepcopy(model), lora.peft_config(target_modules))  # type: ignore[arg-type]
     return adapted

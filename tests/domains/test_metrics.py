@@ -94,7 +94,7 @@ def test_wrong_shapes_and_names_are_refused():
         metric("accuracy", predictions, gold[:-1])
     with pytest.raises(ValueError, match="at least one"):
         metric("accuracy", np.zeros(0, int), np.zeros(0, int))
-    with pytest.raises(UserError, match="recall.*accuracy"):
+    with pytest.raises(UserError, match=r"recall.*accuracy"):
         metric("recall", predictions, gold)
     with pytest.raises(UserError, match="two classes"):
         metric("f1", *class_data(classes=3))
@@ -111,6 +111,16 @@ def test_compute_metrics_gives_every_metric_of_one_vector_and_of_many():
     scores = compute_metrics(("pearson", "spearmanr"), values[0].astype(np.float32), gold_values)
     assert scores["spearmanr"] == pytest.approx(100.0 * stats.spearmanr(gold_values, values[0].astype(np.float32))[0])
     assert list(compute_metrics(("matthews_correlation",), predictions[0], gold)) == ["matthews_correlation"]
+
+
+def test_compute_metrics_gives_no_score_to_classes_from_logits_that_are_not_finite():
+    predictions, gold = class_data()
+    broken = predictions.astype(np.float64)
+    broken[1, 5] = np.nan
+    found = compute_metrics(("accuracy", "f1"), broken, gold)
+    assert np.isnan(found["accuracy"][1])
+    assert np.isnan(found["combined_score"][1])
+    assert found["f1"][[0, 2]] == pytest.approx(metric("f1", predictions[[0, 2]], gold))
 
 
 def test_evaluate_leaves_no_file_behind_and_opens_no_connection(tmp_path):

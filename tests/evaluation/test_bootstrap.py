@@ -30,16 +30,15 @@ def test_interval_of_accuracy_matches_the_binomial(data):
     assert score.interval.high == pytest.approx(100 * high, abs=0.7)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_paired_difference_covers_the_truth_at_the_nominal_rate(seed):
+def test_paired_difference_covers_the_truth_at_the_nominal_rate():
     """Two arms whose errors overlap; the true difference of accuracies is 5 points."""
-    rng, trials, covered = np.random.default_rng(seed), 1000, 0
+    rng, trials, covered = np.random.default_rng(0), 1000, 0
     for trial in range(trials):
         gold = rng.integers(0, 2, 500)
         second = noisy(gold, 0.75, rng)
         first = np.where((second != gold) & (rng.random(len(gold)) < 0.2), gold, second)
-        a = resample("a", f"task {trial}", [first], gold, name="accuracy")
-        b = resample("b", f"task {trial}", [second], gold, name="accuracy")
+        a = resample("a", f"task {trial}", [first], gold, name="accuracy", num_resamples=400)
+        b = resample("b", f"task {trial}", [second], gold, name="accuracy", num_resamples=400)
         interval = (a - b).interval
         covered += interval.low <= 5.0 <= interval.high
     assert 0.93 <= covered / trials <= 0.97

@@ -35,7 +35,7 @@ def test_vectors_without_a_finite_score_are_never_chosen():
 
 
 def test_select_refuses_report_scores_and_oracle_refuses_selection_scores():
-    with pytest.raises(TypeError, match="SelectionScores only.*ReportScores"):
+    with pytest.raises(TypeError, match=r"SelectionScores only.*ReportScores"):
         select(report(1.0, 2.0))
     with pytest.raises(TypeError, match="ReportScores"):
         oracle(selection(1.0, 2.0))

@@ -1,4 +1,4 @@
-"""Trivial generators: each has the moments its name promises, and distance matching finds its scale or says it cannot."""
+"""Trivial generators have the moments their names promise; distance matching finds the scale or says it cannot."""
 
 import pytest
 import torch

@@ -249,8 +249,8 @@ def small_disk(tmp_path: Path):
     """A file system of one megabyte."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    quiet = {"check": False, "capture_output": True, "text": True}
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], **quiet)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    made = subprocess.run(command, check=False, capture_output=True, text=True)
     if made.returncode != 0:
         pytest.skip(f"a small file system cannot be mounted: {made.stderr.strip()}")
     yield mount

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ import torch
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, write_tensors
+from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, verify, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from tasks.locks import hold
-from tasks.stage import folder, root, stage
+from tasks.stage import folder, is_done, root, stage
 
 STEPS = 50
 DEFAULT_RUNTIME = RuntimeConfig()
@@ -127,8 +130,8 @@ def flaky(out: Path, failures: int, kind: str) -> None:
 
 
 @stage("many_files")
-def many_files(out: Path, count: int) -> None:
-    for index in range(count):
+def many_files(out: Path, num_files: int) -> None:
+    for index in range(num_files):
         (out / f"{index}.txt").write_text(str(index))
 
 
@@ -164,9 +167,34 @@ def run_walk() -> None:
     walk(STEPS, runtime=RuntimeConfig())
 
 
-def refresh_for_ever() -> None:
-    while True:
-        many_files.with_options(refresh_cache=True)(200)
+def replace_dying_at_every_step() -> None:
+    """Kill a process before the first change that it makes to the disk while it replaces a finished artifact, another
+    before the second, and so on until one is not killed; log what each left: a hit or none, whole or broken."""
+    artifact = many_files.artifact(3)
+    good = folder(artifact).with_name("good")
+    shutil.copytree(folder(artifact), good)
+    code, step = -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        step += 1
+        if (child := os.fork()) == 0:
+            _die_before_change(step)
+            many_files.fn(3)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        log(f"{'hit' if is_done(artifact) else 'none'} {'broken' if verify(folder(artifact)) else 'whole'}")
+        shutil.rmtree(folder(artifact), ignore_errors=True)
+        shutil.copytree(good, folder(artifact))
+
+
+def _die_before_change(step: int) -> None:
+    changes = count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and next(changes) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def hold_and_log(keys: list[str], repetitions: int, seconds: float) -> None:

@@ -14,8 +14,6 @@ import evaluate
 
 from cpdiff_core.domains.glue.metrics import Floats, MetricName, metric
 
-REGRESSION: tuple[MetricName, ...] = ("pearson", "spearmanr")
-
 
 class GlueMetrics(evaluate.Metric):
     """All metrics that one task reports, in points. `config_name` is their names, comma-separated."""
@@ -32,7 +30,8 @@ class GlueMetrics(evaluate.Metric):
             return cls(task_metrics, folder)
 
     def _info(self) -> evaluate.MetricInfo:
-        rows = datasets.Sequence(datasets.Value("float64" if set(self.task_metrics) & set(REGRESSION) else "int64"))
+        # Class numbers are floats too, so that a vector whose logits are not finite can be marked by NaN.
+        rows = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description="The metrics of one GLUE task, in points (100 times the usual value).",
             citation="Wang et al., GLUE, ICLR 2019.",
