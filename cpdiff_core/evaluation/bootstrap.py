@@ -13,13 +13,16 @@ compares them. Scores are in points.
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from cpdiff_core.config import Config, UserError
 from cpdiff_core.domains.glue.metrics import Floats, MetricName, metric, metric_label
@@ -74,7 +77,17 @@ class ResampledScore:
         return float(self.per_seed.std(ddof=1)) if len(self.per_seed) > 1 else None
 
     @property
+    def seed_interval(self) -> Interval | None:
+        """95 % interval of the mean over seeds (Student's t): what another set of training runs would give."""
+        if self.seed_std is None:
+            return None
+        number = len(self.per_seed)
+        half = float(stats.t.ppf(0.975, number - 1)) * self.seed_std / math.sqrt(number)
+        return Interval(estimate=self.estimate, low=self.estimate - half, high=self.estimate + half)
+
+    @property
     def interval(self) -> Interval:
+        """95 % percentile interval over resampled examples, for these training runs."""
         low, high = np.quantile(self.resampled, (0.025, 0.975))
         return Interval(estimate=self.estimate, low=float(low), high=float(high))
 
@@ -158,6 +171,20 @@ def average_over_tasks(scores: Sequence[ResampledScore]) -> ResampledScore:
         per_seed=np.mean([score.per_seed for score in scores], axis=0),
         resampled=np.mean([score.resampled for score in scores], axis=0),
     )
+
+
+def claim(difference: ResampledScore) -> Literal["holds", "ties", "fails"]:
+    """Whether "the first arm is better than the second" holds for the method, not only for the runs at hand.
+
+    It holds if the interval over examples and the interval over seeds both lie above 0, it fails if both lie below;
+    everything else ties, one seed included.
+    """
+    intervals = [difference.interval, difference.seed_interval]
+    if all(interval is not None and interval.low > 0 for interval in intervals):
+        return "holds"
+    if all(interval is not None and interval.high < 0 for interval in intervals):
+        return "fails"
+    return "ties"
 
 
 @lru_cache(maxsize=16)

@@ -95,7 +95,7 @@ def _squared_distances(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     for a, b in zip(a_MK.split(width, dim=1), b_NK.split(width, dim=1), strict=True):
         # Rows near each other and far from 0 are the rule here: what all share is taken away before squaring.
         centre = b.mean(dim=0, dtype=torch.float64)
-        a, b = a - centre, b - centre  # noqa: PLW2901
+        a, b = a - centre, b - centre
         squared += a.square().sum(1)[:, None] + b.square().sum(1) - 2.0 * (a @ b.T)
     return squared
 

@@ -6,7 +6,7 @@ from scipy import stats
 
 from cpdiff_core.config import UserError
 from cpdiff_core.domains.glue.metrics import metric
-from cpdiff_core.evaluation.bootstrap import Interval, average_over_tasks, resample, resample_counts
+from cpdiff_core.evaluation.bootstrap import Interval, average_over_tasks, claim, resample, resample_counts
 
 
 def noisy(gold, accuracy, rng):
@@ -101,6 +101,24 @@ def test_seeds_are_averaged_on_the_same_resamples_and_their_spread_is_kept_apart
     assert one.seed_std is None
     difference = two - one
     assert difference.per_seed == pytest.approx([0.0, other.estimate - one.estimate])
+
+
+def test_a_claim_needs_examples_and_seeds(data):
+    gold = data[0]
+    rng = np.random.default_rng(4)
+
+    def arm(name, *accuracies):
+        return resample(name, "rte", [noisy(gold, a, rng) for a in accuracies], gold, name="accuracy")
+
+    base, good = arm("base", 0.6, 0.6, 0.6), arm("good", 0.9, 0.9, 0.9)
+    assert claim(good - base) == "holds"
+    assert claim(base - good) == "fails"
+    assert claim(arm("good", 0.9) - arm("base", 0.6)) == "ties"
+    lucky_once = arm("lucky once", 0.6, 0.6, 0.99) - base
+    assert lucky_once.interval.low > 0.0
+    assert claim(lucky_once) == "ties"
+    expected = stats.ttest_1samp(lucky_once.per_seed, 0.0).confidence_interval(0.95)
+    assert (lucky_once.seed_interval.low, lucky_once.seed_interval.high) == pytest.approx(tuple(expected))
 
 
 def test_several_vectors_of_a_seed_count_as_their_mean_score(data):

@@ -73,7 +73,7 @@ def compute_metrics(
     all vectors of an arm, since a call costs some milliseconds whatever it scores. Resampling uses `metric` itself.
     """
     # evaluate takes 2 s to import, and a run that finds all its scores cached never needs it.
-    from cpdiff_core.domains.glue.metric_module import GlueMetrics  # noqa: PLC0415
+    from cpdiff_core.domains.glue.metric_module import GlueMetrics
 
     predicted, gold = np.atleast_2d(predictions), np.asarray(labels)
     module = GlueMetrics.of(tuple(task_metrics))
