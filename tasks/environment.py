@@ -101,7 +101,8 @@ def check_root(path: Path) -> None:
         if error.errno in _FULL:
             raise _full(path) from error
         raise UserError(
-            f"root {str(path)!r}: cannot be used ({error.strerror}); choose a writable folder with --root or {ROOT_VARIABLE}"
+            f"root {str(path)!r}: cannot be used ({error.strerror}); choose a writable folder with --root or "
+            f"{ROOT_VARIABLE}"
         ) from error
 
 

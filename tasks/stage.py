@@ -1,7 +1,7 @@
 """The cache rule: a function that writes files becomes a stage that runs once per input, in any process.
 
     @stage("harvest", label=lambda task, run: f"{task.name} run {run}")
-    def harvest(out: Path, task: TaskConfig, run: int, *, runtime: RuntimeConfig, resume: ResumeState | None = None):
+    def harvest(out: Path, task: TaskConfig, run: int, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN) -> None:
         ...write files below `out`...
 
 `harvest(task, 0, runtime=runtime)` is then a Prefect task that returns an `Artifact`. Its key is
@@ -49,6 +49,8 @@ A = TypeVar("A", bound=Artifact, default=Artifact)
 RECORD = "result.json"
 NOT_IN_KEY = ("out", "runtime", "resume")
 SCRATCH_PREFIX = ".building-"
+
+GIVEN: Any = None  # default of a body's `resume`: the stage gives it, callers never do
 
 STAGES: dict[str, Stage[..., Any]] = {}
 
@@ -165,7 +167,7 @@ def is_done(artifact: Artifact) -> bool:
     """Whether Prefect would take `artifact` from the cache: its record exists and can be read."""
     try:
         ResultRecord.deserialize((folder(artifact) / RECORD).read_bytes())
-    except Exception:  # noqa: BLE001 - Prefect too takes any fault for a miss
+    except Exception:  # Prefect too takes any fault for a miss
         return False
     return True
 

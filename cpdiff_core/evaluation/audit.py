@@ -34,8 +34,8 @@ from cpdiff_core.lora.vectors import (
 REGRESSION_THRESHOLD = 0.5
 # Vectors drawn from a trivial family to compare a generated set with.
 _NUM_REFERENCE = 100
-# Significance of each of the three comparisons of `resembles`: one in a hundred in all.
-_SIGNIFICANCE = 0.01 / 3
+# Significance of each of the five comparisons of `resembles`: one in a hundred in all.
+_SIGNIFICANCE = 0.01 / 5
 _CHUNK = 2**22
 
 
@@ -160,16 +160,18 @@ def diversity(predictions: ArrayLike, regression: bool) -> Diversity:
 
 
 def signature(w_VK: torch.Tensor, w_NK: torch.Tensor) -> Floats:
-    """[V, 3]: how w_VK lie about the soup of w_NK, whatever their distance. Tells trivial families apart.
+    """[V, 5]: how w_VK lie about the soup of w_NK, whatever their distance. Tells trivial families apart.
 
     Of each deviation d from the soup: the share of |d|^2 in the span of the training vectors' own deviations; the
-    cosine between d^2 and their variance, coordinate by coordinate; the nearest training vector's distance over |d|.
+    cosine between d^2 and their variance, coordinate by coordinate; the kurtosis of d over coordinates; the distance
+    to the nearest training vector over |d|; the cosine between what lies outside the span and the same of the next
+    vector. Noise is isotropic, has kurtosis 3 and no direction in common; learned vectors have structure there.
     """
     centre_1K = soup(w_NK)
-    variance_norm = torch.zeros((), dtype=torch.float64, device=w_NK.device)
-    gram_NN = variance_norm.new_zeros(len(w_NK), len(w_NK))
-    inner_VN = variance_norm.new_zeros(len(w_VK), len(w_NK))
-    norm, profile, fourth = (variance_norm.new_zeros(len(w_VK)) for _ in range(3))
+    zero = torch.zeros((), dtype=torch.float64, device=w_NK.device)
+    gram_NN, inner_VN = zero.new_zeros(len(w_NK), len(w_NK)), zero.new_zeros(len(w_VK), len(w_NK))
+    norm, profile, fourth, with_next = (zero.new_zeros(len(w_VK)) for _ in range(4))
+    variance_norm = zero.clone()
     width = max(1, _CHUNK // (len(w_VK) + len(w_NK)))
     for start in range(0, w_NK.shape[1], width):
         part = slice(start, start + width)
@@ -181,15 +183,22 @@ def signature(w_VK: torch.Tensor, w_NK: torch.Tensor) -> Floats:
         norm += d_V.square().sum(1)
         profile += d_V.square() @ variance
         fourth += d_V.pow(4).sum(1)
+        with_next += (d_V * d_V.roll(-1, dims=0)).sum(1)
         variance_norm += variance.square().sum()
     values, u_NN = torch.linalg.eigh(gram_NN)
-    kept = values > 1e-10 * values[-1].clamp_min(1e-300)
-    in_span = ((inner_VN @ u_NN[:, kept]).square() / values[kept]).sum(1)
+    kept = values > 1e-10 * values[-1]
+    in_span_VJ = inner_VN @ u_NN[:, kept] / values[kept].sqrt()
+    in_span = in_span_VJ.square().sum(1)
+    outside = (norm - in_span).clamp_min(0.0)
+    outside_with_next = with_next - (in_span_VJ * in_span_VJ.roll(-1, dims=0)).sum(1)
     tiny = torch.finfo(torch.float64).tiny
     columns = (
         in_span / norm.clamp_min(tiny),
         profile / (fourth * variance_norm).sqrt().clamp_min(tiny),
+        w_NK.shape[1] * fourth / norm.square().clamp_min(tiny),
         min_l2(w_VK, w_NK) / norm.sqrt().clamp_min(tiny),
+        # Vectors inside the span have rounding errors outside it.
+        torch.where(outside > 1e-6 * norm, outside_with_next / outside.clamp_min(tiny), 0.0),
     )
     # A vector within a thousandth of the training spread of the soup is the soup and deviates in no direction: row 0.
     deviates = norm > 1e-6 * gram_NN.diagonal().mean()
@@ -199,9 +208,9 @@ def signature(w_VK: torch.Tensor, w_NK: torch.Tensor) -> Floats:
 def resembles(
     w_MK: torch.Tensor, w_NK: torch.Tensor, matched: Sequence[MatchedDistance], seed: int = 1
 ) -> tuple[str, ...]:
-    """The trivial families whose vectors, at equal distance, cannot be told from w_MK by their `signature`.
+    """The trivial families whose vectors, at the closest distance they reach, cannot be told from w_MK by `signature`.
 
-    Two-sample Kolmogorov-Smirnov test on each of the three figures, one in a hundred in all. Fewer than four vectors
+    Two-sample Kolmogorov-Smirnov test on each of the five figures, one in a hundred in all. Fewer than four vectors
     cannot be told from anything, so for them the answer is empty.
     """
     if len(w_MK) < 4:
@@ -209,10 +218,9 @@ def resembles(
     generated = signature(w_MK, w_NK)
     alike = []
     for match in matched:
-        if match.reached:
-            reference = TRIVIAL_FAMILIES[match.family].generate(w_NK, _NUM_REFERENCE, seed, match.scale)
-            if all(map(_same_distribution, generated.T, signature(reference, w_NK).T)):
-                alike.append(match.family)
+        reference = TRIVIAL_FAMILIES[match.family].generate(w_NK, _NUM_REFERENCE, seed, match.scale)
+        if all(map(_same_distribution, generated.T, signature(reference, w_NK).T)):
+            alike.append(match.family)
     return tuple(alike)
 
 

@@ -109,7 +109,8 @@ class ParameterAutoencoder(nn.Module):
         vectors that the autoencoder was fitted on. Raises ValueError for another K.
         """
         if w_BK.shape[1:] != (self.num_parameters,):
-            raise ValueError(f"vectors {tuple(w_BK.shape)}: this autoencoder is for K={self.num_parameters}; fit it anew")
+            expected = self.num_parameters
+            raise ValueError(f"vectors {tuple(w_BK.shape)}: this autoencoder is for K = {expected}; fit it anew")
         return torch.cat([self.encoder(part.to(self.scale.device)) for part in w_BK.split(_ROWS)])
 
     @torch.no_grad()

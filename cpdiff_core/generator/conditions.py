@@ -223,11 +223,11 @@ def _load_clip(encoder: ClipTextEncoder, device: str) -> _Loaded:
     import open_clip
 
     if encoder.model not in open_clip.list_models():
-        raise UserError(f"text encoder clip, model {encoder.model!r}: unknown to open_clip; see open_clip.list_models()")
+        raise UserError(f"text encoder clip, model {encoder.model!r}: not in open_clip.list_models(); take one")
     if isinstance(encoder.pretrained, LocalFile):
         pretrained = encoder.pretrained.path
         if not pretrained.endswith(".safetensors"):
-            raise UserError(f"text encoder clip, pretrained {pretrained!r}: only a .safetensors file is read; convert it")
+            raise UserError(f"text encoder clip, pretrained {pretrained!r}: only .safetensors is read; convert it")
         if LocalFile.of(Path(pretrained)).sha256 != encoder.pretrained.sha256:
             raise UserError(f"text encoder clip, pretrained {pretrained!r}: the file has changed; name it again")
     else:

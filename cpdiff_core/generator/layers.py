@@ -34,8 +34,7 @@ class ResidualConv(nn.Module):
         self.position_CL = nn.Parameter(torch.zeros(channels, length))
         self.first = nn.Conv1d(channels, channels, 3, padding=1)
         self.last = nn.Conv1d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        zeroed(self.last)
 
     def forward(self, x_BCL: torch.Tensor) -> torch.Tensor:
         return x_BCL + self.last(F.silu(self.first(x_BCL + self.position_CL)))
@@ -47,3 +46,9 @@ def sinusoidal(t_B: torch.Tensor, width: int, longest: float = 10_000.0) -> torc
     frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half)
     angle = t_B.float().unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def zeroed(layer: nn.Module) -> None:
+    """Set every parameter of a layer to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

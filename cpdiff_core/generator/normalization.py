@@ -16,6 +16,7 @@ from pydantic import Field
 from cpdiff_core.config import Config, UserError
 
 _ALL = "all"
+_Pair = tuple[torch.Tensor, torch.Tensor]
 _ROUNDING = torch.finfo(torch.float32).eps
 
 
@@ -35,9 +36,7 @@ class NormalizationConfig(Config):
 class Normalizer:
     """Affine map between weights and normalised units, one per task (or one for all)."""
 
-    def __init__(
-        self, config: NormalizationConfig, tasks: Sequence[str], statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
+    def __init__(self, config: NormalizationConfig, tasks: Sequence[str], statistics: Mapping[str, _Pair]) -> None:
         self.config = config
         self.tasks = tuple(tasks)
         self._statistics = dict(statistics)
@@ -96,7 +95,7 @@ class Normalizer:
         names = {"none": (), "batch": (_ALL,), "task": tuple(tasks)}[config.scope]
         return cls(config, tasks, {name: (tensors[f"{name}/mean"], tensors[f"{name}/std"]) for name in names})
 
-    def _of(self, task: str, w_VK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of(self, task: str, w_VK: torch.Tensor) -> _Pair:
         name = _ALL if self.config.scope == "batch" else task
         if name not in self._statistics:
             raise UserError(f"task {task!r}: has no normalisation statistics; known tasks are {sorted(self.tasks)}")
@@ -109,7 +108,7 @@ class Normalizer:
         return mean.to(w_VK.device), std.to(w_VK.device)
 
 
-def _mean_and_std(parts: list[torch.Tensor], axis: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_and_std(parts: list[torch.Tensor], axis: str) -> _Pair:
     """Population mean and std over rows (coordinate) or over everything (vector), accumulated in float64."""
     total = sum(part.sum(0, dtype=torch.float64) for part in parts)
     count = sum(part.shape[0] for part in parts)

@@ -124,7 +124,7 @@ class _Program:
         self.loss_of = loss_of
         self.config = config
         self.device = device
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.parameters: list[torch.Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.learning_rate = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -1,8 +1,9 @@
-"""The conditional 1-D U-Net of Eq. 8: noise in a latent, given its time step and its condition.
+"""The conditional 1-D U-Net of Eq. 8: the noise in a latent, given its time step and its condition.
 
-Down- and up-sampling with skips, GroupNorm, one time step per sample. Two things differ from an image U-Net, since
-a position of a LoRA latent is not like its neighbours: the first and last maps are untied (`PositionLinear`), and
-the condition reaches every position by a linear map of its own besides scale and shift in every block (FiLM).
+Down- and up-sampling with skips, GroupNorm, one time step per sample. What an image U-Net lacks and this one has:
+a learned map of positions, the condition at every position by a linear map of its own besides scale and shift in
+every block (FiLM), and a gain per channel on the input, depending on time and condition: most of the noise of a
+channel is predicted by x_t alone, and a network that must copy it through every layer learns that slowly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from cpdiff_core.config import Config
-from cpdiff_core.generator.layers import PositionLinear, sinusoidal
+from cpdiff_core.generator.layers import sinusoidal, zeroed
 
 
 class UNetConfig(Config):
@@ -26,64 +27,65 @@ class UNetConfig(Config):
 
 
 class UNet1d(nn.Module):
-    """x_BCL, t_B, y_BD -> prediction of the shape of x. Zero at the start of training."""
+    """x_BCL, t_B, y_BD -> a prediction of the shape of x. It is zero at the start of training."""
 
     def __init__(self, config: UNetConfig, channels: int, length: int, condition_width: int) -> None:
         super().__init__()
-        self.config = config
-        self.width, self.length = config.width, length
+        self.config, self.length = config, length
         embedding = 2 * config.width
-        self.time = nn.Sequential(
-            nn.Linear(config.time_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
+        self.time = nn.Sequential(nn.Linear(config.time_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.condition = nn.Linear(condition_width, embedding)
         self.condition_map = nn.Linear(condition_width, config.width * length)
-        self.into = nn.Conv1d(channels, config.width, 3, padding=1)
         self.position_CL = nn.Parameter(torch.zeros(config.width, length))
-        self.down = nn.ModuleList()
-        self.up = nn.ModuleList()
+        self.into = nn.Conv1d(channels, config.width, 3, padding=1)
         widths = [config.width * multiplier for multiplier in config.multipliers]
+        self.down = nn.ModuleList()
         previous = config.width
-        for level, width in enumerate(widths):
-            last = level == len(widths) - 1
-            blocks = [_Block(previous if i == 0 else width, width, embedding) for i in range(config.blocks_per_level)]
-            halve = nn.Identity() if last else nn.Conv1d(width, width, 3, stride=2, padding=1)
-            self.down.append(nn.ModuleList([*blocks, halve]))
+        for width in widths:
+            self.down.append(_Level(previous, width, embedding, config.blocks_per_level))
             previous = width
-        self.middle = _Block(previous, previous, embedding)
+        self.halve = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.middle = _Level(previous, previous, embedding, 1)
+        self.up = nn.ModuleList()
         for width in reversed(widths):
-            blocks = [
-                _Block(previous + width if i == 0 else width, width, embedding) for i in range(config.blocks_per_level)
-            ]
-            self.up.append(nn.ModuleList(blocks))
+            self.up.append(_Level(previous + width, width, embedding, config.blocks_per_level))
             previous = width
-        self.norm = nn.GroupNorm(8, config.width * config.multipliers[0])
-        self.out_of = nn.Conv1d(config.width * config.multipliers[0], channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, previous)
+        self.out_of = nn.Conv1d(previous, channels, 3, padding=1)
         self.gain = nn.Linear(embedding, channels)
-        for layer in (self.out_of, self.gain):
-            nn.init.zeros_(layer.weight)
-            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
+        zeroed(self.out_of)
+        zeroed(self.gain)
 
     def forward(self, x_BCL: torch.Tensor, t_B: torch.Tensor, y_BD: torch.Tensor) -> torch.Tensor:
         e_BE = F.silu(self.time(sinusoidal(t_B, self.config.time_width)) + self.condition(y_BD))
-        h_BCL = self.into(x_BCL) + self.position_CL
-        h_BCL = h_BCL + self.condition_map(y_BD).unflatten(1, (self.width, self.length))
+        y_map_BWL = self.condition_map(y_BD).unflatten(1, (self.config.width, self.length))
+        h_BWL = self.into(x_BCL) + self.position_CL + y_map_BWL
         skips = []
-        for *blocks, halve in self.down:  # type: ignore[misc]
-            for block in blocks:
-                h_BCL = block(h_BCL, e_BE)
-            skips.append(h_BCL)
-            h_BCL = halve(h_BCL)
-        h_BCL = self.middle(h_BCL, e_BE)
-        for blocks in self.up:
-            skip_BCL = skips.pop()
-            if h_BCL.shape[2] != skip_BCL.shape[2]:
-                h_BCL = _doubled(h_BCL, skip_BCL.shape[2])
-            h_BCL = torch.cat([h_BCL, skip_BCL], dim=1)
-            for block in blocks:  # type: ignore[attr-defined]
-                h_BCL = block(h_BCL, e_BE)
-        out_BCL = self.out_of(F.silu(self.norm(h_BCL)))
-        return out_BCL + self.gain(e_BE).unsqueeze(2) * x_BCL
+        for index, level in enumerate(self.down):
+            h_BWL = level(h_BWL, e_BE)
+            skips.append(h_BWL)
+            if index < len(self.halve):
+                h_BWL = self.halve[index](h_BWL)
+        h_BWL = self.middle(h_BWL, e_BE)
+        for level in self.up:
+            skip_BWL = skips.pop()
+            h_BWL = level(torch.cat([_stretched(h_BWL, skip_BWL.shape[2]), skip_BWL], dim=1), e_BE)
+        return self.out_of(F.silu(self.norm(h_BWL))) + self.gain(e_BE).unsqueeze(2) * x_BCL  # type: ignore[no-any-return]
+
+
+class _Level(nn.Module):
+    """Residual blocks at one length; the first changes the number of channels."""
+
+    def __init__(self, in_channels: int, channels: int, embedding: int, num_blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            _Block(in_channels if index == 0 else channels, channels, embedding) for index in range(num_blocks)
+        )
+
+    def forward(self, x_BCL: torch.Tensor, e_BE: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x_BCL = block(x_BCL, e_BE)
+        return x_BCL
 
 
 class _Block(nn.Module):
@@ -97,17 +99,18 @@ class _Block(nn.Module):
         self.last_norm = nn.GroupNorm(8, channels)
         self.last = nn.Conv1d(channels, channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == channels else nn.Conv1d(in_channels, channels, 1)
-        for layer in (self.film, self.last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        zeroed(self.film)
+        zeroed(self.last)
 
     def forward(self, x_BCL: torch.Tensor, e_BE: torch.Tensor) -> torch.Tensor:
-        scale_BC, shift_BC = self.film(e_BE).unsqueeze(2).chunk(2, dim=1)
+        scale_BC1, shift_BC1 = self.film(e_BE).unsqueeze(2).chunk(2, dim=1)
         h_BCL = self.first(F.silu(self.first_norm(x_BCL)))
-        h_BCL = self.last_norm(h_BCL) * (1 + scale_BC) + shift_BC
-        return self.skip(x_BCL) + self.last(F.silu(h_BCL))
+        h_BCL = self.last_norm(h_BCL) * (1 + scale_BC1) + shift_BC1
+        return self.skip(x_BCL) + self.last(F.silu(h_BCL))  # type: ignore[no-any-return]
 
 
-def _doubled(x_BCL: torch.Tensor, length: int) -> torch.Tensor:
+def _stretched(x_BCL: torch.Tensor, length: int) -> torch.Tensor:
     """Nearest up-sampling to `length`; `interpolate` has no deterministic gradient on every device."""
+    if x_BCL.shape[2] == length:
+        return x_BCL
     return x_BCL.unsqueeze(3).expand(-1, -1, -1, 2).flatten(2)[:, :, :length]

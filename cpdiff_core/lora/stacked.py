@@ -61,7 +61,7 @@ def _variable_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: TokenBatch, causal: bool, scaling: float | None
 ) -> torch.Tensor:
     starts = batch.sequence_starts
-    rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     options: dict[str, Any] = {"scale": scaling}
     if causal:
         options |= {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
@@ -82,6 +82,15 @@ class _Routing:
         self.dropout = dropout
         self.factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.batch: TokenBatch | None = None
+        self.mask: torch.Tensor | None = None
+
+    def set(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], batch: TokenBatch, dtype: torch.dtype) -> None:
+        """mask: T x (S rank), 1 where the column's adapter owns the token; None if tokens divide evenly, in order."""
+        self.factors, self.batch, self.mask = factors, batch, None
+        if batch.owners is not None:
+            num_adapters, rank = next(iter(factors.values()))[0].shape[:2]
+            columns = torch.arange(num_adapters, device=batch.owners.device).repeat_interleave(rank)
+            self.mask = (batch.owners[:, None] == columns).to(dtype)
 
 
 def counter_dropout(x: torch.Tensor, keys: torch.Tensor, salt: int, p: float) -> torch.Tensor:
@@ -117,11 +126,12 @@ class StackedLora(nn.Module):
         if routing.dropout > 0.0 and batch.dropout_keys is not None:
             flat = x.reshape(-1, x.shape[-1])
             x = counter_dropout(flat, batch.dropout_keys, self.salt, routing.dropout).view(x.shape)
-        if batch.groups is not None:
-            # A product with a one-hot matrix instead of a gather: its backward is a product too, and deterministic.
-            choice = F.one_hot(batch.groups, a_SrI.shape[0]).to(x.dtype)
-            a_SrI = (choice @ a_SrI.flatten(1)).view(-1, *a_SrI.shape[1:])
-            b_SOr = (choice @ b_SOr.flatten(1)).view(-1, *b_SOr.shape[1:])
+        if routing.mask is not None:
+            # All adapters at once, then what is not the token's own is struck out: two plain products, any order
+            # of tokens, and a deterministic backward. Worth it while S x rank is small against the width.
+            hidden = (x.reshape(-1, x.shape[-1]) @ a_SrI.flatten(0, 1).t()) * routing.mask
+            up = b_SOr.transpose(1, 2).flatten(0, 1)
+            return torch.addmm(out.reshape(-1, out.shape[-1]), hidden, up, alpha=routing.scaling).view(out.shape)
         groups = a_SrI.shape[0]
         hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), a_SrI.transpose(1, 2))
         added = torch.baddbmm(
@@ -173,8 +183,7 @@ class StackedClassifier(nn.Module):
 
     def features(self, w_SK: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """The hidden state that the head reads, S x B x H."""
-        self._routing.factors = self.layout.views(w_SK)
-        self._routing.batch = batch
+        self._routing.set(self.layout.views(w_SK), batch, next(self.backbone.parameters()).dtype)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if self.packed:
             inputs |= {"position_ids": batch.position_ids, "token_batch": batch}

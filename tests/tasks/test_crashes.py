@@ -61,7 +61,8 @@ def test_kill_before_the_record_is_no_hit_and_blocks_nobody(artifact_root: Path,
     (artifact_root / f"die-{point}").unlink()
     assert load(number(ONE)) == 1.0
     assert logged(artifact_root) == ["number 1", "number 1"]
-    assert is_done(number.artifact(ONE)) and verify(folder(number.artifact(ONE))) == []
+    assert is_done(number.artifact(ONE))
+    assert verify(folder(number.artifact(ONE))) == []
     assert len(clean(artifact_root, older_than_seconds=-1)) == (point == "in-body"), "the killed one's scratch folder"
 
 
@@ -79,7 +80,8 @@ def test_kills_while_the_resume_state_is_written_lose_little_and_nothing_is_wron
         assert not is_done(artifact)
     assert load(walk(STEPS, runtime=runtime)) == float(STEPS)
     begun_at = [int(line.removeprefix("walk from ")) for line in logged(artifact_root)]
-    assert len(begun_at) == 3 and begun_at[0] == 0
+    assert len(begun_at) == 3
+    assert begun_at[0] == 0
     assert all(earlier < later for earlier, later in pairwise(begun_at)), begun_at
     assert not state_file.parent.exists()
 
@@ -90,7 +92,7 @@ def test_kill_at_any_step_of_replacing_an_artifact_leaves_a_whole_hit_or_none(ar
     outcomes = logged(artifact_root)
     assert len(outcomes) > 20, "scratch folder, files, manifest, two renames, clearing away"
     assert set(outcomes) == {"hit whole", "none whole", "none broken"}, "a hit is never broken"
-    assert outcomes[0] == "hit whole" and outcomes[-1] == "none whole", "the record is Prefect's to write"
+    assert (outcomes[0], outcomes[-1]) == ("hit whole", "none whole"), "the record is Prefect's to write"
 
 
 def test_two_processes_that_race_compute_once(artifact_root: Path, start) -> None:

@@ -41,7 +41,8 @@ def test_second_call_is_a_hit_and_returns_the_same_artifact(artifact_root: Path)
     assert first == second == number.artifact(ONE)
     assert logged(artifact_root) == ["number 1"]
     assert load(second) == 1.0
-    assert is_done(first) and verify(folder(first)) == []
+    assert is_done(first)
+    assert verify(folder(first)) == []
 
 
 def test_runtime_is_not_in_the_key_and_defaults_are(artifact_root: Path) -> None:
@@ -93,7 +94,8 @@ def test_truncated_record_is_a_miss(artifact_root: Path, length: int) -> None:
     record.write_bytes(record.read_bytes()[:length])
     assert not is_done(number.artifact(ONE))
     assert load(number(ONE)) == 1.0
-    assert logged(artifact_root) == ["number 1", "number 1"] and is_done(number.artifact(ONE))
+    assert logged(artifact_root) == ["number 1", "number 1"]
+    assert is_done(number.artifact(ONE))
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip"])
@@ -102,7 +104,7 @@ def test_harmed_tensor_is_named_with_the_stage_to_run_again(artifact_root: Path,
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content[:-1] if harm == "truncate" else content)
-    with pytest.raises(UserError, match="value.safetensors.*stage 'number' will be recomputed"):
+    with pytest.raises(UserError, match=r"value\.safetensors.*stage 'number' will be recomputed"):
         double(number(ONE))
     assert not is_done(double.artifact(number.artifact(ONE)))
 
@@ -112,7 +114,8 @@ def test_refresh_setting_recomputes_and_replaces_the_folder(artifact_root: Path)
     with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: True}):
         number(ONE)
     assert logged(artifact_root) == ["number 1", "number 1"]
-    assert is_done(number.artifact(ONE)) and not (folder(number.artifact(ONE)) / "left-over.txt").exists()
+    assert is_done(number.artifact(ONE))
+    assert not (folder(number.artifact(ONE)) / "left-over.txt").exists()
 
 
 def test_two_computations_differ_in_provenance_and_record_only(artifact_root: Path, tmp_path: Path) -> None:
@@ -133,16 +136,19 @@ def test_folder_says_what_it_was_made_from(artifact_root: Path) -> None:
         "inputs": {"number": {"value": 1, "scale": 1.0}},
     }
     provenance = json.loads((made / "provenance.json").read_text())
-    assert provenance["seconds"] >= 0 and provenance["peak_process_bytes"] > 1e7 and provenance["device"]
+    assert provenance["seconds"] >= 0
+    assert provenance["peak_process_bytes"] > 1e7
+    assert provenance["device"]
     assert {"torch", "transformers", "peft", "diffusers", "prefect", "python"} <= provenance["versions"].keys()
 
 
 def test_artifact_of_another_type_is_refused(artifact_root: Path) -> None:
     plain = double(number(ONE))
     summed = add(plain, plain)
-    assert type(summed) is Sum and type(add(plain, plain)) is Sum, "also from the cache"
+    assert type(summed) is Sum
+    assert type(add(plain, plain)) is Sum, "also from the cache"
     total((summed,))
-    with pytest.raises(TypeError, match="argument 'sums'.*instance of Sum"):
+    with pytest.raises(TypeError, match=r"argument 'sums'.*instance of Sum"):
         total((plain,))
     with pytest.raises(TypeError, match="argument 'number'"):
         number(1)
@@ -161,7 +167,8 @@ def test_failing_body_leaves_no_hit_and_no_scratch(artifact_root: Path) -> None:
 
 def test_retries_go_on_to_success(artifact_root: Path) -> None:
     flaky(2, "network")
-    assert logged(artifact_root) == ["flaky"] * 3 and is_done(flaky.artifact(2, "network"))
+    assert logged(artifact_root) == ["flaky"] * 3
+    assert is_done(flaky.artifact(2, "network"))
 
 
 @pytest.mark.parametrize("how", ["direct", "submit", "in a flow"])
@@ -173,7 +180,7 @@ def test_users_fault_travels_unchanged_and_is_not_retried(artifact_root: Path, h
         else:
             flaky(1, "user")
 
-    with pytest.raises(UserError, match="^rank=0: must be at least 1; choose another$"):
+    with pytest.raises(UserError, match=r"^rank=0: must be at least 1; choose another$"):
         flaky(1, "user") if how == "direct" else called()
     assert logged(artifact_root) == ["flaky"]
 
@@ -181,11 +188,13 @@ def test_users_fault_travels_unchanged_and_is_not_retried(artifact_root: Path, h
 def test_resume_state_survives_a_failure_and_goes_with_the_commit(artifact_root: Path) -> None:
     runtime = RuntimeConfig(resume_seconds=7)
     state = resume_state(walk.artifact(2, runtime=runtime), runtime)
-    assert state.folder.is_relative_to(artifact_root / ".resume" / "walk") and state.every_seconds == 7
+    assert state.folder.is_relative_to(artifact_root / ".resume" / "walk")
+    assert state.every_seconds == 7
     state.folder.mkdir(parents=True)
     (state.folder / "state.safetensors").write_bytes(b"damaged")
     walk(2, runtime=runtime)
-    assert logged(artifact_root) == ["walk from 0"] and not state.folder.exists()
+    assert logged(artifact_root) == ["walk from 0"]
+    assert not state.folder.exists()
 
 
 def test_every_end_of_a_stage_is_one_line_and_counted(artifact_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,8 +238,10 @@ def test_clean_removes_the_records_prefect_keeps_of_exceptions(artifact_root: Pa
     with pytest.raises(UserError):
         flaky(1, "user")
     records = [path for path in artifact_root.iterdir() if path.is_file() and path.name != "log.txt"]
-    assert len(records) == 1 and json.loads(records[0].read_text())["metadata"]["serializer"]["type"] == "json"
-    assert clean(artifact_root, older_than_seconds=-1) == records and not records[0].exists()
+    assert len(records) == 1
+    assert json.loads(records[0].read_text())["metadata"]["serializer"]["type"] == "json"
+    assert clean(artifact_root, older_than_seconds=-1) == records
+    assert not records[0].exists()
 
 
 def test_names_and_labels_that_cannot_work_are_refused() -> None:
@@ -240,7 +251,7 @@ def test_names_and_labels_that_cannot_work_are_refused() -> None:
         stage("Bad name")
     with pytest.raises(TypeError, match=r"asks for \['other'\]"):
         stage("fresh", label=lambda other: other)(body)
-    with pytest.raises(ValueError, match="is taken by toy_stages.number"):
+    with pytest.raises(ValueError, match=r"is taken by toy_stages\.number"):
         stage("number")(body)
 
 
@@ -262,7 +273,7 @@ def test_full_disk_is_one_line_that_names_the_root_and_leaves_no_hit(
     artifact_root: Path, small_disk: Path, writer: str
 ) -> None:
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: small_disk / "root"}):
-        with pytest.raises(UserError, match="disk/root': the disk is full; .*--root") as caught:
+        with pytest.raises(UserError, match=r"disk/root': the disk is full; .*--root") as caught:
             fills_disk(4, writer)
         assert "\n" not in str(caught.value)
         assert not is_done(fills_disk.artifact(4, writer))

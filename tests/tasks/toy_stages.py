@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, verify, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from tasks.locks import hold
-from tasks.stage import folder, is_done, root, stage
+from tasks.stage import GIVEN, folder, is_done, root, stage
 
 STEPS = 50
 DEFAULT_RUNTIME = RuntimeConfig()
@@ -107,9 +107,8 @@ def slow(out: Path, seconds: float) -> None:
 
 
 @stage("walk")
-def walk(out: Path, num_steps: int, *, runtime: RuntimeConfig, resume: ResumeState | None = None) -> None:
+def walk(out: Path, num_steps: int, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN) -> None:
     """Counts to `num_steps` and saves its state after each; 4 MB, so that a kill falls into a save now and then."""
-    assert resume is not None
     state = resume.load()
     step, ballast = (state[1]["step"], state[0]["ballast"]) if state else (0, torch.zeros(1_000_000))
     log(f"walk from {step}")

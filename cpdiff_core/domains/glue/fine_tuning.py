@@ -244,8 +244,7 @@ class FineTuning:
         if self.members[0].lora.lora_dropout > 0:
             seeds = [np.random.SeedSequence([*run_seed(member), step]).generate_state(1)[0] for member in self.members]
             keys = np.array(seeds, np.int64)
-        chunk = 16 if self.stack.device.type == "cpu" else 64
-        batch = self.stack.batch([texts for texts, _ in self.data], rows, chunk=chunk, keys=keys).to(self.stack.device)
+        batch = self.stack.batch([texts for texts, _ in self.data], rows, keys=keys).to(self.stack.device)
         targets = np.stack([labels[row] for row, (_, labels) in zip(rows, self.data, strict=True)])
         targets_SB = torch.from_numpy(targets).float().to(self.stack.device)
         rate_S1 = torch.from_numpy(self.rates_TS[step])[:, None].to(self.stack.device)

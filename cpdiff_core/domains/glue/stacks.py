@@ -34,14 +34,14 @@ class Stack:
     device: torch.device
 
     def batch(
-        self, texts: list[TokenizedTexts], rows: list[NDArray[np.int64]], *, chunk: int = 1, total: int | None = None,
+        self, texts: list[TokenizedTexts], rows: list[NDArray[np.int64]], *, total: int | None = None,
         keys: NDArray[np.int64] | None = None,
     ) -> TokenBatch:  # fmt: skip
         """Sequences `rows[s]` of `texts[s]` for each adapter s, packed where the architecture allows."""
         last = self.family.pooling == "last"
         if self.family.packed:
             return pack(
-                texts, rows, last_token=last, position_offset=self.position_offset, chunk=chunk, total=total, keys=keys,
+                texts, rows, last_token=last, position_offset=self.position_offset, total=total, keys=keys,
                 padded_attention=self.device.type != "cuda" or next(self.model.parameters()).dtype == torch.float32,
             )  # fmt: skip
         return pad(
@@ -130,7 +130,7 @@ def logits_of(
             size = len(part_SK)
             heads = stack.model.stack_heads([head] * size, num_classes)
             for shard in _shards(texts, rows, max(1, budget // size), not stack.family.packed):
-                batch = stack.batch([texts] * size, [rows[shard]] * size).to(stack.device)
+                batch = stack.batch([texts], [rows[shard]]).to(stack.device).repeat(size)
                 out[first : first + size, torch.from_numpy(shard)] = stack.model(part_SK, heads, batch).cpu()
                 progress.step(size * len(shard))
     return out
