@@ -1,0 +1,159 @@
+"""What must be settled before Prefect is imported, and an embedded run as a user starts it: in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+from cpdiff_core.config import UserError
+from tasks.environment import check_root, prepare
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent.parent
+
+# Runs in every Python process of the test before anything else: writes down who is spoken to.
+SITECUSTOMIZE = """
+import os, sys
+
+def hook(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = arguments[0]
+    else:
+        return
+    with open(os.environ["HOSTS_FILE"], "a") as file:
+        file.write(f"{host}\\n")
+
+sys.addaudithook(hook)
+"""
+
+EMBEDDED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from tasks.environment import check_root, prepare
+from tasks.server import start_server
+
+root = prepare(offline=True)
+check_root(root)
+server = start_server(root)
+print(server.port, flush=True)
+from toy_stages import diamond
+server.wait(120)
+diamond(1, 2)
+if "--kill" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def fresh_environment(home: Path, **variables: str) -> dict[str, str]:
+    """The environment of a user who has set nothing."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "HF_", "DO_NOT"))}
+    return kept | {"HOME": str(home), "PYTHONPATH": f"{home}:{PROJECT}:{HERE}"} | variables
+
+
+def prepared(home: Path, *arguments: str, **variables: str) -> dict[str, str]:
+    code = "import json, os, sys; from pathlib import Path; from tasks.environment import prepare; "
+    code += (
+        f"path = prepare({', '.join(arguments)}); assert 'prefect' not in sys.modules and 'torch' not in sys.modules; "
+    )
+    code += "print(json.dumps(dict(os.environ) | {'returned': str(path)}))"
+    command = [sys.executable, "-c", code]
+    environment = fresh_environment(home, **variables)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_prepare_sets_what_is_not_set(tmp_path: Path) -> None:
+    found = prepared(tmp_path)
+    assert found["returned"] == found["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / ".cpdiff")
+    assert (found["PREFECT_SERVER_ANALYTICS_ENABLED"], found["DO_NOT_TRACK"]) == ("false", "1")
+    assert "HF_HUB_OFFLINE" not in found
+
+
+def test_root_on_the_command_line_wins_and_offline_is_offline(tmp_path: Path) -> None:
+    found = prepared(tmp_path, "Path('here')", "offline=True", PREFECT_LOCAL_STORAGE_PATH="/elsewhere")
+    assert found["returned"] == found["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / "here")
+    assert found["HF_HUB_OFFLINE"] == "1"
+
+
+def test_users_settings_win_wherever_prefect_reads_them(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PREFECT_LOCAL_STORAGE_PATH=~/mine\nPREFECT_LOGGING_LEVEL=INFO\nHF_HOME=/hub\n")
+    (tmp_path / ".prefect").mkdir()
+    profile = 'active = "lab"\n[profiles.lab]\nPREFECT_SERVER_LOGGING_LEVEL = "DEBUG"\n'
+    (tmp_path / ".prefect" / "profiles.toml").write_text(profile)
+    found = prepared(tmp_path, PREFECT_LOGGING_SERVER_LEVEL="ERROR")
+    assert found["returned"] == str(tmp_path / "mine")
+    assert (found["PREFECT_LOGGING_LEVEL"], found["PREFECT_LOGGING_SERVER_LEVEL"]) == ("INFO", "ERROR")
+    assert "PREFECT_SERVER_LOGGING_LEVEL" not in found, "left to the profile"
+    assert found["HF_HOME"] == "/hub"
+
+
+def test_prepare_too_late_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="before prefect is imported"):
+        prepare()
+
+
+def test_check_root_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    check_root(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["{tmp}/file/root", "/proc/cpdiff", "/dev/null"])
+def test_root_that_cannot_be_used_is_one_line_with_the_remedy(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^root '.*': cannot be used \(.*\); choose a writable folder with --root"):
+        check_root(Path(path.format(tmp=tmp_path)))
+
+
+def copy_database(home: Path) -> str:
+    """A Prefect database as a second run finds it; making one from nothing takes longer than all the rest here."""
+    source = str(PREFECT_API_DATABASE_CONNECTION_URL.value()).removeprefix("sqlite+aiosqlite:///")
+    with sqlite3.connect(source) as old, sqlite3.connect(home / "prefect.db") as new:
+        old.backup(new)
+    return f"sqlite+aiosqlite:///{home / 'prefect.db'}"
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_embedded_run_is_quiet_offline_cached_and_takes_its_server_along(tmp_path: Path, prefect_server: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (tmp_path / "run.py").write_text(EMBEDDED_RUN)
+    hosts = tmp_path / "hosts"
+    database = copy_database(tmp_path)
+    environment = fresh_environment(
+        tmp_path, HOSTS_FILE=str(hosts), PREFECT_SERVER_DATABASE_CONNECTION_URL=database, OMP_NUM_THREADS="1"
+    )
+
+    def run(*arguments: str) -> tuple[int, int, list[str]]:
+        command = [sys.executable, str(tmp_path / "run.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        lines = [
+            " ".join(line.split()[:-2] if "Completed" in line else line.split()) for line in done.stderr.splitlines()
+        ]
+        return done.returncode, int(done.stdout), lines
+
+    names = ["number value 1", "number value 2", "double", "add", "double"]
+    code, port, lines = run("--kill")
+    assert (code, lines) == (-signal.SIGKILL, [f"Completed {name}" for name in names])
+    deadline = time.monotonic() + 20
+    while listens(port):
+        assert time.monotonic() < deadline, "the server outlives a killed run"
+        time.sleep(0.1)
+    code, _, lines = run()
+    assert (code, lines) == (0, [f"Cached {name}" for name in names])
+    assert set(hosts.read_text().split()) == {"127.0.0.1"}
+    assert (tmp_path / ".cpdiff" / ".server.log").read_text() == ""
