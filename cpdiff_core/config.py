@@ -64,6 +64,7 @@ class RuntimeConfig(Config):
         None, ge=64, description="Tokens in one scoring batch; None chooses by device."
     )
     compile: bool | None = Field(None, description="Compile and capture the training steps; None does so on a GPU.")
+    capture_steps: bool = Field(True, description="On a GPU, run each fine-tuning step as one captured CUDA graph.")
     resume_seconds: float = Field(30.0, gt=0, description="How often a long stage saves its resume state.")
     progress: bool = Field(True, description="Show live progress on stderr.")
 

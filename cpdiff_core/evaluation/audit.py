@@ -191,6 +191,7 @@ def signature(w_VK: torch.Tensor, w_NK: torch.Tensor) -> Floats:
     in_span = in_span_VJ.square().sum(1)
     outside = (norm - in_span).clamp_min(0.0)
     outside_with_next = with_next - (in_span_VJ * in_span_VJ.roll(-1, dims=0)).sum(1)
+    has_outside = outside > 1e-6 * norm
     tiny = torch.finfo(torch.float64).tiny
     columns = (
         in_span / norm.clamp_min(tiny),
@@ -198,7 +199,7 @@ def signature(w_VK: torch.Tensor, w_NK: torch.Tensor) -> Floats:
         w_NK.shape[1] * fourth / norm.square().clamp_min(tiny),
         min_l2(w_VK, w_NK) / norm.sqrt().clamp_min(tiny),
         # Vectors inside the span have rounding errors outside it.
-        torch.where(outside > 1e-6 * norm, outside_with_next / outside.clamp_min(tiny), 0.0),
+        torch.where(has_outside & has_outside.roll(-1), outside_with_next / (outside * outside.roll(-1)).sqrt(), 0.0),
     )
     # A vector within a thousandth of the training spread of the soup is the soup and deviates in no direction: row 0.
     deviates = norm > 1e-6 * gram_NN.diagonal().mean()

@@ -89,6 +89,18 @@ def test_vectors_of_other_runs_are_neither_and_get_the_verdict_of_their_score():
     assert verdict_of(w_MK, w_NK, None).kind == "unmatched"
 
 
+def test_signature_by_hand():
+    """One coordinate deviates in training; the candidates deviate along it, across it, and not at all."""
+    w_NK = torch.tensor([[1.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+    w_VK = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    found = audit.signature(w_VK, w_NK)
+    np.testing.assert_allclose(found[:, 0], [1, 0, 0, 0])
+    np.testing.assert_allclose(found[:, 1], [1, 0, 0, 0])
+    np.testing.assert_allclose(found[:, 2], [4, 2, 4, 0])
+    np.testing.assert_allclose(found[:, 3], [2 / 3, np.sqrt(3 / 2), np.sqrt(5) / 2, 0], atol=1e-4)
+    np.testing.assert_allclose(found[:, 4], [0, np.sqrt(0.5), 0, 0], atol=1e-4)
+
+
 def test_novelty_counts_copies_among_new_vectors():
     w_NK = trajectory()
     mixed = torch.cat([w_NK[:3], trajectory(5, seed=4)])

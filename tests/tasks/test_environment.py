@@ -146,6 +146,11 @@ def test_embedded_run_is_quiet_offline_cached_and_takes_its_server_along(tmp_pat
         ]
         return done.returncode, int(done.stdout), lines
 
+    control = "import socket; client = socket.socket(); client.settimeout(0.01); client.connect_ex(('203.0.113.1', 9))"
+    subprocess.run([sys.executable, "-c", control], env=environment, check=True)
+    assert hosts.read_text() == "203.0.113.1\n", "an outside connection would be noticed"
+    hosts.unlink()
+
     names = ["number value 1", "number value 2", "double", "add", "double"]
     code, port, lines = run("--kill")
     assert (code, lines) == (-signal.SIGKILL, [f"Completed {name}" for name in names])
@@ -157,3 +162,9 @@ def test_embedded_run_is_quiet_offline_cached_and_takes_its_server_along(tmp_pat
     assert (code, lines) == (0, [f"Cached {name}" for name in names])
     assert set(hosts.read_text().split()) == {"127.0.0.1"}
     assert (tmp_path / ".cpdiff" / ".server.log").read_text() == ""
+
+
+def test_env_example_is_what_prepare_does_anyway(tmp_path: Path) -> None:
+    plain = prepared(tmp_path)
+    (tmp_path / ".env").write_text((PROJECT / ".env.example").read_text(encoding="utf-8"))
+    assert prepared(tmp_path) == plain | {"PREFECT_TASKS_REFRESH_CACHE": "false"}

@@ -10,11 +10,13 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -241,9 +243,11 @@ def tokenize(
         return_attention_mask=False, return_token_type_ids=True,
     )  # fmt: skip
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    ids = np.concatenate([np.asarray(ids, np.int64) for ids in encoded["input_ids"]])
-    types = np.concatenate([np.asarray(types, np.int64) for types in encoded["token_type_ids"]])
-    return TokenizedTexts(ids, types, np.concatenate([[0], np.cumsum(lengths)])), examples.labels
+    ids, types = (
+        torch.from_numpy(np.fromiter(chain.from_iterable(encoded[key]), np.int64, int(lengths.sum())))
+        for key in ("input_ids", "token_type_ids")
+    )
+    return TokenizedTexts(ids, types, torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))), examples.labels
 
 
 @lru_cache(maxsize=4)

@@ -26,6 +26,7 @@ from cpdiff_core.domains.base_models import FAMILIES, BaseModel, cached_classifi
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig, tokenize
 from cpdiff_core.domains.glue.stacks import Precision, Stack, build_stack
 from cpdiff_core.lora.layout import LoraSpec, initial_vector
+from cpdiff_core.lora.packing import join
 from cpdiff_core.progress import track
 
 
@@ -178,8 +179,31 @@ def stacked_losses(
     return torch.where(regression_S[:, None], squared, entropy).mean(dim=1)
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """All that differs from step to step. rows_SB: examples; keys_S: seeds of the dropout; rates_S: learning rates;
+    corrections_2: 1 - beta^t of AdamW's two moments."""
+
+    rows_SB: torch.Tensor
+    keys_S: torch.Tensor
+    rates_S: torch.Tensor
+    corrections_2: torch.Tensor
+
+    def to(self, device: torch.device) -> StepInputs:
+        if device.type == "cpu":
+            return self
+        return StepInputs(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self._tensors()))
+
+    def copy_(self, other: StepInputs) -> None:
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.rows_SB, self.keys_S, self.rates_S, self.corrections_2
+
+
 class FineTuning:
-    """S runs in one stack: data, weights, optimiser and the ring of harvested checkpoints."""
+    """S runs in one stack: data, weights, optimiser and the ring of harvested checkpoints, all on the device."""
 
     def __init__(self, members: Sequence[HarvestConfig], heads: Sequence[Mapping[str, torch.Tensor]], runtime: RuntimeConfig):
         if len({group_key(member) for member in members}) != 1:
@@ -190,22 +214,26 @@ class FineTuning:
         self.max_grad_norm = first.fine_tune.max_grad_norm
         self.num_classes = max(member.task.task.num_classes for member in members)
         self.stack: Stack = build_stack(first.base, first.lora, self.num_classes, first.fine_tune.precision, runtime)
-        self.data = [
-            tokenize(member.task, member.splits, "train", member.base, member.fine_tune.max_length) for member in members
-        ]
-        for member, (texts, _) in zip(members, self.data, strict=True):
+        data = [tokenize(member.task, member.splits, "train", member.base, member.fine_tune.max_length) for member in members]
+        self.num_examples = [len(texts) for texts, _ in data]
+        self.num_steps = [m.fine_tune.steps_for(n) for m, n in zip(members, self.num_examples, strict=True)]
+        for member, steps in zip(members, self.num_steps, strict=True):
             span = (member.fine_tune.num_harvest - 1) * member.fine_tune.harvest_every + 1
-            if (steps := member.fine_tune.steps_for(len(texts))) < span:
+            if steps < span:
                 raise UserError(
                     f"task {member.task.name!r}: num_harvest {member.fine_tune.num_harvest} needs {span} steps, "
                     f"{member.fine_tune.num_epochs} epochs are {steps}; raise num_epochs or lower num_harvest"
                 )
-        self.num_steps = [m.fine_tune.steps_for(len(texts)) for m, (texts, _) in zip(members, self.data, strict=True)]
         device = self.stack.device
+        texts, self.first_row = join([texts for texts, _ in data])
+        self.texts = texts.to(device)
+        self.lengths = texts.lengths.numpy()
+        self.labels = torch.from_numpy(np.concatenate([labels for _, labels in data])).float().to(device)
         self.w_SK = torch.stack([initial_weights(member) for member in members]).to(device)
         self.adamw = AdamW(torch.zeros_like(self.w_SK), torch.zeros_like(self.w_SK))
-        self.ring_SNK = torch.zeros(len(members), first.fine_tune.num_harvest, self.w_SK.shape[1])
-        self.losses_ST = torch.full((len(members), max(self.num_steps)), float("nan"))
+        num_harvest = first.fine_tune.num_harvest
+        self.ring_SNK = torch.zeros(len(members), num_harvest, self.w_SK.shape[1], device=device)
+        self.losses_ST = torch.full((len(members), max(self.num_steps)), float("nan"), device=device)
         self.heads = self.stack.model.stack_heads(list(heads), self.num_classes)
         classes = torch.tensor([member.task.task.num_classes for member in members])
         self.class_mask_SC = (torch.arange(self.num_classes)[None] < classes[:, None]).to(device)
@@ -220,66 +248,88 @@ class FineTuning:
         """Train every run to its end. Raises UserError at the first loss that is not finite."""
         if resume is not None and (state := resume.load()) is not None:
             self._restore(*state)
-        total = max(self.num_steps)
+        total, checked = max(self.num_steps), self.step
         label = "harvest " + ", ".join(member.label for member in self.members[:3])
         label += f" and {len(self.members) - 3} more" if len(self.members) > 3 else ""
+        every = 1 if self.stack.device.type == "cpu" else READ_EVERY  # reading a loss waits for the device
+        program = StepProgram(self, capture=runtime.capture_steps and self.stack.device.type == "cuda")
         with track(label, total, runtime, done=self.step) as progress:
             while self.step < total:
-                loss_S = self._train_step(self.step)
-                self.losses_ST[:, self.step] = loss_S.cpu()
-                self._check_finite(self.step)
+                self.losses_ST[:, self.step] = program(self.step)
                 self.step += 1
                 self._harvest()
-                progress.step(loss=float(self.losses_ST[:, self.step - 1].nanmean()))
-                if resume is not None and resume.due():
-                    resume.save(self._state(), {"step": self.step})
+                if self.step % every == 0 or self.step == total:
+                    loss = self._check_finite(checked)
+                    progress.step(self.step - checked, loss)
+                    checked = self.step
+                    if resume is not None and resume.due():
+                        resume.save(self._state(), {"step": self.step})
         return [self._result(s) for s in range(len(self.members))]
 
-    def _train_step(self, step: int) -> torch.Tensor:
+    def inputs_of(self, step: int) -> StepInputs:
+        """What step `step` needs besides the resident data, on the host."""
         rows = [
-            batch_rows(run_seed(member), step, self.batch_size, len(texts))
-            for member, (texts, _) in zip(self.members, self.data, strict=True)
+            batch_rows(run_seed(member), step, self.batch_size, count) + first
+            for member, count, first in zip(self.members, self.num_examples, self.first_row, strict=True)
         ]
-        keys = None
+        keys = np.zeros(len(rows), np.int64)
         if self.members[0].lora.lora_dropout > 0:
-            seeds = [np.random.SeedSequence([*run_seed(member), step]).generate_state(1)[0] for member in self.members]
-            keys = np.array(seeds, np.int64)
-        batch = self.stack.batch([texts for texts, _ in self.data], rows, keys=keys).to(self.stack.device)
-        targets = np.stack([labels[row] for row, (_, labels) in zip(rows, self.data, strict=True)])
-        targets_SB = torch.from_numpy(targets).float().to(self.stack.device)
-        rate_S1 = torch.from_numpy(self.rates_TS[step])[:, None].to(self.stack.device)
+            keys = np.array(
+                [np.random.SeedSequence([*run_seed(m), step]).generate_state(1)[0] for m in self.members], np.int64
+            )
+        corrections = [1.0 - beta ** (step + 1) for beta in (self.adamw.beta1, self.adamw.beta2)]
+        return StepInputs(
+            rows_SB=torch.from_numpy(np.stack(rows)), keys_S=torch.from_numpy(keys),
+            rates_S=torch.from_numpy(self.rates_TS[step]), corrections_2=torch.tensor(corrections),
+        )  # fmt: skip
+
+    def train_step(self, inputs: StepInputs, total: int | None = None) -> torch.Tensor:
+        """One optimiser step of every run, on the device alone. Returns the losses, S."""
+        keys_S = inputs.keys_S if self.members[0].lora.lora_dropout > 0 else None
+        longest = self.members[0].fine_tune.max_length if total is not None else None
+        batch = self.stack.batch(self.texts, inputs.rows_SB, total=total, max_length=longest, keys_S=keys_S)
+        targets_SB = self.labels[inputs.rows_SB]
         w_SK = self.w_SK.detach().requires_grad_()
         logits = self.stack.model(w_SK, self.heads, batch)
         loss_S = stacked_losses(logits, targets_SB, self.class_mask_SC, self.regression_S)
         (grad_SK,) = torch.autograd.grad(loss_S.sum(), w_SK)
         norm_S1 = torch.linalg.vector_norm(grad_SK, dim=1, keepdim=True)
         grad_SK = grad_SK * (self.max_grad_norm / (norm_S1 + 1e-6)).clamp(max=1.0)
-        corrections = [torch.tensor(1.0 - beta ** (step + 1)) for beta in (self.adamw.beta1, self.adamw.beta2)]
-        self.adamw.step(self.w_SK, grad_SK, rate_S1, self.decay_S1, *(c.to(self.stack.device) for c in corrections))
+        correction1, correction2 = inputs.corrections_2.unbind()
+        self.adamw.step(self.w_SK, grad_SK, inputs.rates_S[:, None], self.decay_S1, correction1, correction2)
         return loss_S.detach()
 
-    def _check_finite(self, step: int) -> None:
+    def _check_finite(self, start: int) -> float:
+        """The mean loss of the last step, after every loss since step `start` has been found finite."""
+        losses = self.losses_ST[:, start : self.step].cpu()
         for s, member in enumerate(self.members):
-            if step < self.num_steps[s] and not math.isfinite(float(self.losses_ST[s, step])):
+            bad = torch.nonzero(~losses[s, : max(0, self.num_steps[s] - start)].isfinite())
+            if len(bad):
                 raise UserError(
-                    f"task {member.task.name!r}: the loss of run {member.run} is not finite at step {step + 1}; lower "
-                    f"fine_tune.learning_rate (now {member.fine_tune.learning_rate:g}) or check the data"
+                    f"task {member.task.name!r}: the loss of run {member.run} is not finite at step {start + int(bad[0]) + 1}; "
+                    f"lower fine_tune.learning_rate (now {member.fine_tune.learning_rate:g}) or check the data"
                 )
+        return float(losses[:, -1].nanmean())
 
     def _harvest(self) -> None:
         """Copy the rows whose step belongs to the harvest: the last of a run, and every `harvest_every` before it."""
+        places: dict[int, list[int]] = {}
         for s, member in enumerate(self.members):
             before_end, every = self.num_steps[s] - self.step, member.fine_tune.harvest_every
-            if before_end >= 0 and before_end % every == 0:
-                place = member.fine_tune.num_harvest - 1 - before_end // every
-                if place >= 0:
-                    self.ring_SNK[s, place] = self.w_SK[s].cpu()
+            place = member.fine_tune.num_harvest - 1 - before_end // every
+            if before_end >= 0 and before_end % every == 0 and place >= 0:
+                places.setdefault(place, []).append(s)
+        for place, rows in places.items():
+            if len(rows) == len(self.members):
+                self.ring_SNK[:, place] = self.w_SK
+            else:
+                self.ring_SNK[rows, place] = self.w_SK[rows]
 
     def _result(self, s: int) -> CheckpointHarvest:
         fine_tune = self.members[s].fine_tune
         back = torch.arange(fine_tune.num_harvest - 1, -1, -1) * fine_tune.harvest_every
         return CheckpointHarvest(
-            w_NK=self.ring_SNK[s].clone(), steps=self.num_steps[s] - back, losses=self.losses_ST[s, : self.num_steps[s]].clone()
+            w_NK=self.ring_SNK[s].cpu(), steps=self.num_steps[s] - back, losses=self.losses_ST[s, : self.num_steps[s]].cpu()
         )
 
     def _state(self) -> dict[str, torch.Tensor]:
@@ -297,7 +347,53 @@ class FineTuning:
         self.step = int(numbers["step"])
 
 
-def adapters_in_memory(members: Sequence[HarvestConfig], runtime: RuntimeConfig) -> int:
-    """How many runs to train in one stack."""
-    return runtime.adapters_per_batch or len(members)
+READ_EVERY = 50
+"""Steps between two looks at the losses on a GPU."""
+TOKEN_STEP = 512
+"""Captured steps come in shapes of so many tokens; a step is filled up to the next one with padding sequences."""
 
+
+class StepProgram:
+    """Runs `FineTuning.train_step`, on CUDA as one captured graph per shape: the host only copies the inputs."""
+
+    def __init__(self, tuning: FineTuning, capture: bool) -> None:
+        self.tuning = tuning
+        self.capture = capture
+        self._graphs: dict[int | None, torch.cuda.CUDAGraph] = {}
+        self._losses: dict[int | None, torch.Tensor] = {}
+        self._static: StepInputs | None = None
+
+    def __call__(self, step: int) -> torch.Tensor:
+        tuning = self.tuning
+        host = tuning.inputs_of(step)
+        total: int | None = None
+        if tuning.stack.family.packed and self.capture:
+            total = -(-int(tuning.lengths[host.rows_SB.numpy()].sum()) // TOKEN_STEP) * TOKEN_STEP
+        inputs = host.to(tuning.stack.device)
+        if not self.capture:
+            return tuning.train_step(inputs)
+        if self._static is None:
+            self._static = inputs
+        self._static.copy_(inputs)
+        if total not in self._graphs:
+            self._capture(total)
+        self._graphs[total].replay()
+        return self._losses[total]
+
+    def _capture(self, total: int | None) -> None:
+        """Capture the step at one shape. The runs made to warm up are taken back."""
+        tuning, static = self.tuning, self._static
+        assert static is not None
+        state = [tensor.clone() for tensor in (tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            tuning.train_step(static, total)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._losses[total] = tuning.train_step(static, total)
+        self._graphs[total] = graph
+        for tensor, before in zip((tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK), state, strict=True):
+            tensor.copy_(before)

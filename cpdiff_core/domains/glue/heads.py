@@ -41,12 +41,12 @@ def fit_head(
     if config.kind == "random":
         return head
     texts, labels = tokenize(task, splits, "train", base, max_length)
-    rows = np.arange(len(texts))
     if config.max_examples is not None:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(texts))[: config.max_examples])
+        texts, labels = texts.take(torch.from_numpy(rows)), labels[rows]
     stack = build_stack(base, LoraSpec(), num_classes, "fp32", runtime)
-    features_BH = features_of(stack, texts, rows, f"head {task.name}", runtime)
-    return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH, labels[rows], task)
+    features_BH = features_of(stack, texts, f"head {task.name}", runtime)
+    return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH, labels, task)
 
 
 def _initial_head(config: HeadConfig, base: BaseModel, num_classes: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:

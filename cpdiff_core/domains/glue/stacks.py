@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import FAMILIES, BaseModel, Family, cached_classifier
@@ -34,19 +32,25 @@ class Stack:
     device: torch.device
 
     def batch(
-        self, texts: list[TokenizedTexts], rows: list[NDArray[np.int64]], *, total: int | None = None,
-        keys: NDArray[np.int64] | None = None,
+        self, texts: TokenizedTexts, rows_SB: torch.Tensor, *, total: int | None = None, max_length: int | None = None,
+        keys_S: torch.Tensor | None = None,
     ) -> TokenBatch:  # fmt: skip
-        """Sequences `rows[s]` of `texts[s]` for each adapter s, packed where the architecture allows."""
+        """Sequences `rows_SB[s]` of `texts` for each adapter s, packed where the architecture allows."""
         last = self.family.pooling == "last"
         if self.family.packed:
             return pack(
-                texts, rows, last_token=last, position_offset=self.position_offset, total=total, keys=keys,
-                padded_attention=self.device.type != "cuda" or next(self.model.parameters()).dtype == torch.float32,
+                texts, rows_SB, last_token=last, position_offset=self.position_offset, total=total, max_length=max_length,
+                keys_S=keys_S, padded_attention=not self.variable_length_attention,
             )  # fmt: skip
         return pad(
-            texts, rows, pad_token_id=self.pad_token_id, last_token=last, position_offset=self.position_offset, keys=keys
-        )
+            texts, rows_SB, pad_token_id=self.pad_token_id, last_token=last, position_offset=self.position_offset,
+            max_length=max_length, keys_S=keys_S,
+        )  # fmt: skip
+
+    @property
+    def variable_length_attention(self) -> bool:
+        """Whether attention runs over packed sequences without any padding (bf16 on CUDA)."""
+        return self.device.type == "cuda" and next(self.model.parameters()).dtype == torch.bfloat16
 
 
 def device_of(runtime: RuntimeConfig) -> torch.device:
@@ -83,35 +87,33 @@ def tokens_per_batch(runtime: RuntimeConfig, device: torch.device) -> int:
     return runtime.tokens_per_batch or (4096 if device.type == "cpu" else 131072)
 
 
-def _shards(texts: TokenizedTexts, rows: NDArray[np.int64], budget: int, padded: bool) -> Iterator[NDArray[np.int64]]:
-    """Positions in `rows`, longest texts first, cut so that each shard has at most `budget` tokens (at least one text)."""
-    lengths = texts.lengths[rows]
-    order = np.argsort(-lengths, kind="stable")
+def _shards(texts: TokenizedTexts, budget: int, padded: bool) -> Iterator[torch.Tensor]:
+    """Numbers of texts, longest first, cut so that each shard has at most `budget` tokens (at least one text)."""
+    lengths = texts.lengths
+    order = torch.argsort(lengths, descending=True, stable=True)
     start = 0
     while start < len(order):
         sizes = lengths[order[start:]]
-        cost = np.arange(1, len(sizes) + 1) * sizes[0] if padded else np.cumsum(sizes)
-        count = max(1, int(np.searchsorted(cost, budget, side="right")))
+        cost = torch.arange(1, len(sizes) + 1) * sizes[0] if padded else sizes.cumsum(0)
+        count = max(1, int(torch.searchsorted(cost, budget, side="right")))
         yield order[start : start + count]
         start += count
 
 
 @torch.no_grad()
-def features_of(
-    stack: Stack, texts: TokenizedTexts, rows: NDArray[np.int64], label: str, runtime: RuntimeConfig
-) -> torch.Tensor:
-    """The frozen base's features of texts `rows`, len(rows) x H, float32 on the CPU."""
+def features_of(stack: Stack, texts: TokenizedTexts, label: str, runtime: RuntimeConfig) -> torch.Tensor:
+    """The frozen base's features of every text, n x H, float32 on the CPU."""
     w_1K = torch.zeros(1, stack.layout.num_parameters, device=stack.device)
+    resident = texts.to(stack.device)
     features: torch.Tensor | None = None
-    with track(label, len(rows), runtime, unit="text") as progress:
-        for shard in _shards(texts, rows, tokens_per_batch(runtime, stack.device), not stack.family.packed):
-            batch = stack.batch([texts], [rows[shard]]).to(stack.device)
-            part = stack.model.features(w_1K, batch)[0].float().cpu()
-            features = part.new_empty(len(rows), part.shape[-1]) if features is None else features
-            features[torch.from_numpy(shard)] = part
+    with track(label, len(texts), runtime, unit="text") as progress:
+        for shard in _shards(texts, tokens_per_batch(runtime, stack.device), not stack.family.packed):
+            part = stack.model.features(w_1K, stack.batch(resident, shard[None].to(stack.device)))[0].float()
+            features = part.new_empty(len(texts), part.shape[-1]) if features is None else features
+            features[shard.to(stack.device)] = part
             progress.step(len(shard))
     assert features is not None
-    return features
+    return features.cpu()
 
 
 @torch.no_grad()
@@ -120,17 +122,18 @@ def logits_of(
 ) -> torch.Tensor:
     """Logits of every vector on every text, V x n x classes, float32 on the CPU."""
     budget = tokens_per_batch(runtime, stack.device)
-    rows = np.arange(len(texts))
-    mean_length = max(1.0, float(texts.lengths.mean()))
-    group = runtime.adapters_per_batch or max(1, int(budget // (mean_length * min(len(rows), 32))))
-    out = torch.empty(len(w_VK), len(rows), num_classes)
-    with track(label, len(w_VK) * len(rows), runtime, unit="text") as progress:
+    resident = texts.to(stack.device)
+    mean_length = max(1.0, float(texts.lengths.float().mean()))
+    group = runtime.adapters_per_batch or max(1, int(budget // (mean_length * min(len(texts), 32))))
+    out = torch.empty(len(w_VK), len(texts), num_classes, device=stack.device)
+    with track(label, len(w_VK) * len(texts), runtime, unit="text") as progress:
         for first in range(0, len(w_VK), group):
             part_SK = w_VK[first : first + group].to(stack.device)
             size = len(part_SK)
             heads = stack.model.stack_heads([head] * size, num_classes)
-            for shard in _shards(texts, rows, max(1, budget // size), not stack.family.packed):
-                batch = stack.batch([texts], [rows[shard]]).to(stack.device).repeat(size)
-                out[first : first + size, torch.from_numpy(shard)] = stack.model(part_SK, heads, batch).cpu()
+            for shard in _shards(texts, max(1, budget // size), not stack.family.packed):
+                rows = shard.to(stack.device)
+                batch = stack.batch(resident, rows[None]).repeat(size)
+                out[first : first + size, rows] = stack.model(part_SK, heads, batch)
                 progress.step(size * len(shard))
-    return out
+    return out.cpu()
