@@ -363,20 +363,27 @@ class StepProgram:
         self._losses: dict[int | None, torch.Tensor] = {}
         self._static: StepInputs | None = None
 
-    def __call__(self, step: int) -> torch.Tensor:
+    def prepare(self, step: int) -> int | None:
+        """Load the inputs of a step and capture its shape if it is new. Returns the shape."""
         tuning = self.tuning
         host = tuning.inputs_of(step)
         total: int | None = None
         if tuning.stack.family.packed and self.capture:
             total = -(-int(tuning.lengths[host.rows_SB.numpy()].sum()) // TOKEN_STEP) * TOKEN_STEP
         inputs = host.to(tuning.stack.device)
-        if not self.capture:
-            return tuning.train_step(inputs)
         if self._static is None:
             self._static = inputs
-        self._static.copy_(inputs)
-        if total not in self._graphs:
+        else:
+            self._static.copy_(inputs)
+        if self.capture and total not in self._graphs:
             self._capture(total)
+        return total
+
+    def __call__(self, step: int) -> torch.Tensor:
+        total = self.prepare(step)
+        if not self.capture:
+            assert self._static is not None
+            return self.tuning.train_step(self._static)
         self._graphs[total].replay()
         return self._losses[total]
 
