@@ -96,17 +96,17 @@ def test_kill_at_any_step_of_replacing_an_artifact_leaves_a_whole_hit_or_none(ar
 
 
 def test_two_processes_that_race_compute_once(artifact_root: Path, start) -> None:
-    processes = [start(run_slow, 1.0) for _ in range(2)]
+    processes = [start(run_slow, 0.5) for _ in range(2)]
     assert [finished(process) for process in processes] == [0, 0]
-    assert logged(artifact_root) == ["slow begins", "slow ends", "had 1.0", "had 1.0"]
+    assert logged(artifact_root) == ["slow begins", "slow ends", "had 0.5", "had 0.5"]
 
 
 def test_waiting_process_takes_over_when_the_computing_one_is_killed(artifact_root: Path, start) -> None:
-    first = start(run_slow, 2.0)
+    first = start(run_slow, 1.5)
     wait_for(lambda: logged(artifact_root) == ["slow begins"])
-    second = start(run_slow, 2.0)
+    second = start(run_slow, 1.5)
     time.sleep(0.3)
     first.kill()
     assert finished(second) == 0
-    assert logged(artifact_root) == ["slow begins", "slow begins", "slow ends", "had 2.0"]
-    assert is_done(slow.artifact(2.0))
+    assert logged(artifact_root) == ["slow begins", "slow begins", "slow ends", "had 1.5"]
+    assert is_done(slow.artifact(1.5))
