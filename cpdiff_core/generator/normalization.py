@@ -57,25 +57,20 @@ class Normalizer:
         for task, w_NK in w_NK_by_task.items():
             if not bool(w_NK.isfinite().all()):
                 raise UserError(f"harvest of task {task!r}: holds values that are not finite; lower the learning rate")
-        groups: dict[str, list[torch.Tensor]] = {}
+        tasks = tuple(w_NK_by_task)
+        if config.scope == "none":
+            return cls(config, tasks, {_ALL: (torch.zeros(1), torch.ones(1))})
         if config.scope == "batch":
-            groups[_ALL] = list(w_NK_by_task.values())
-        elif config.scope == "task":
-            groups = {task: [w_NK] for task, w_NK in w_NK_by_task.items()}
-        statistics = {name: _mean_and_std(parts, config.axis) for name, parts in groups.items()}
-        return cls(config, tuple(w_NK_by_task), statistics)
+            return cls(config, tasks, {_ALL: _mean_and_std(list(w_NK_by_task.values()), config.axis)})
+        return cls(config, tasks, {task: _mean_and_std([w_NK], config.axis) for task, w_NK in w_NK_by_task.items()})
 
     def normalize(self, task: str, w_VK: torch.Tensor) -> torch.Tensor:
         """Weights to normalised units, same shape. Raises UserError for a task without statistics."""
-        if self.config.scope == "none":
-            return w_VK
         mean, std = self._of(task, w_VK)
         return (w_VK - mean) / std
 
     def invert(self, task: str, w_VK: torch.Tensor) -> torch.Tensor:
         """Normalised units back to weights, same shape. Raises as `normalize`."""
-        if self.config.scope == "none":
-            return w_VK
         mean, std = self._of(task, w_VK)
         return w_VK * std + mean
 
@@ -92,11 +87,11 @@ class Normalizer:
         cls, config: NormalizationConfig, tasks: Sequence[str], tensors: Mapping[str, torch.Tensor]
     ) -> Normalizer:
         """The inverse of `tensors`."""
-        names = {"none": (), "batch": (_ALL,), "task": tuple(tasks)}[config.scope]
+        names = tuple(tasks) if config.scope == "task" else (_ALL,)
         return cls(config, tasks, {name: (tensors[f"{name}/mean"], tensors[f"{name}/std"]) for name in names})
 
     def _of(self, task: str, w_VK: torch.Tensor) -> _Pair:
-        name = _ALL if self.config.scope == "batch" else task
+        name = task if self.config.scope == "task" else _ALL
         if name not in self._statistics:
             raise UserError(f"task {task!r}: has no normalisation statistics; known tasks are {sorted(self.tasks)}")
         mean, std = self._statistics[name]

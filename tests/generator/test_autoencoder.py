@@ -85,13 +85,13 @@ def test_conv_overfits_few_vectors(num_vectors: int, size: int) -> None:
     assert bool(model.encode(w_VK).isfinite().all())
 
 
-def test_training_mends_a_start_that_is_not_the_components() -> None:
-    """The loss falls by gradient descent too, not only by the closed-form start."""
-    w_VK = torch.randn(64, 400, generator=torch.Generator().manual_seed(2)) ** 3  # no low rank to find
-    training = TrainingConfig(steps=400, batch_size=64, learning_rate=3e-3)
-    config = ConvAutoencoderConfig(channels=8, length=8, latent_noise_std=0.0, training=training)
-    _, losses = fit(config, w_VK, torch.zeros(64))
-    assert float(losses[-20:].mean()) < 0.9 * float(losses[:1].mean())
+def test_training_lowers_the_loss_that_the_components_leave_under_latent_noise() -> None:
+    """The components are the best linear start without noise only: gradient descent must improve on them with it."""
+    w_VK, task_V = pooled()
+    training = TrainingConfig(steps=200, batch_size=64, learning_rate=3e-3)
+    config = ConvAutoencoderConfig(channels=16, length=8, latent_noise_std=0.3, training=training)
+    _, losses = fit(config, w_VK, task_V)
+    assert float(losses[-20:].mean()) < 0.7 * float(losses[0])
 
 
 @pytest.mark.parametrize("config", [ConvAutoencoderConfig(channels=16, length=8, training=FEW_STEPS),
