@@ -99,3 +99,21 @@ def test_lock_in_an_unwritable_root_is_a_users_fault(artifact_root: Path) -> Non
     artifact_root.write_text("a file where the root should be")
     with pytest.raises(UserError, match=r"cannot be written.*--root"):
         FlockManager().acquire_lock(KEY, "a")
+
+
+def test_hold_waits_for_its_first_key_in_order_before_it_takes_another(artifact_root: Path) -> None:
+    outcome = []
+
+    def want_both() -> None:
+        with pytest.raises(TimeoutError), hold(["y/1/result.json", "x/1/result.json"], timeout=0.5):
+            pass
+        outcome.append("gave up")
+
+    with hold(["x/1/result.json"]):
+        settings = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: settings.run(want_both))
+        thread.start()
+        while thread.is_alive():
+            assert not FlockManager().is_locked("y/1/result.json")
+            time.sleep(0.01)
+    assert outcome == ["gave up"]
