@@ -156,9 +156,9 @@ def test_saved_autoencoder_encodes_and_decodes_bit_identically(tmp_path: Path) -
 def test_wrong_shapes_are_refused_with_both_shapes() -> None:
     w_VK, task_V = pooled()
     model, _ = fit(IdentityAutoencoderConfig(length=8), w_VK, task_V)
-    with pytest.raises(ValueError, match="1400.*1500"):
+    with pytest.raises(ValueError, match=r"1400.*1500"):
         model.encode(w_VK[:, :1400])
     with pytest.raises(ValueError, match=r"\(1, 3, 8\).*188, 8"):
         model.decode(torch.zeros(1, 3, 8))
-    with pytest.raises(UserError, match="one per vector"):
+    with pytest.raises(UserError, match=r"one per vector"):
         fit(IdentityAutoencoderConfig(), w_VK, task_V[:-1])

@@ -92,9 +92,9 @@ def test_long_examples_are_cut_and_the_description_never(clip: ClipTextEncoder) 
 
 
 def test_description_over_the_limit_is_refused_with_both_counts(clip: ClipTextEncoder) -> None:
-    with pytest.raises(UserError, match="description of 102 tokens.*takes 77"):
+    with pytest.raises(UserError, match=r"description of 102 tokens.*takes 77"):
         build_prompt(clip, " ".join(["film"] * 100), ["good"])
-    with pytest.raises(UserError, match="text of 302 tokens.*takes 256"):
+    with pytest.raises(UserError, match=r"text of 302 tokens.*takes 256"):
         encode_texts(MiniLMEncoder(), [" ".join(["film"] * 300)])
 
 
@@ -109,17 +109,17 @@ def test_empty_text_and_control_characters_are_refused(text: str, fault: str) ->
 
 
 def test_clip_that_is_not_there_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="'ViT-X'.*open_clip.list_models"):
+    with pytest.raises(UserError, match=r"'ViT-X'.*open_clip.list_models"):
         encode_texts(ClipTextEncoder(model="ViT-X"), ["a"])
     (tmp_path / "weights.safetensors").write_bytes(b"not a tensor file")
     broken = LocalFile.of(tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="cannot be loaded.*minilm"):
+    with pytest.raises(UserError, match=r"cannot be loaded.*minilm"):
         encode_texts(ClipTextEncoder(model="tiny-clip-for-tests", pretrained=broken), ["a"])
     (tmp_path / "weights.safetensors").write_bytes(b"another content")
-    with pytest.raises(UserError, match="has changed"):
+    with pytest.raises(UserError, match=r"has changed"):
         encode_texts(ClipTextEncoder(model="tiny-clip-for-tests", pretrained=broken), ["b"])
+    pickled = LocalFile(path=str(tmp_path / "weights.pt"), sha256="0" * 64)
     with pytest.raises(UserError, match=r"only \.safetensors"):
-        pickled = LocalFile(path=str(tmp_path / "weights.pt"), sha256="0" * 64)
         encode_texts(ClipTextEncoder(model="tiny-clip-for-tests", pretrained=pickled), ["a"])
 
 
@@ -128,7 +128,7 @@ def test_conditions_are_chosen_by_kind() -> None:
     for kind in ("one_hot", "learned", "task_info", "few_shot", "task_info_few_shot"):
         assert adapter.validate_python({"kind": kind}).kind == kind
     assert adapter.validate_python({"kind": "task_info", "encoder": {"kind": "clip"}}).encoder == ClipTextEncoder()
-    with pytest.raises(ValueError, match="kind"):
+    with pytest.raises(ValueError, match=r"kind"):
         adapter.validate_python({"kind": "prose"})
 
 

@@ -76,7 +76,7 @@ def test_statistics_survive_a_file(config: NormalizationConfig, tmp_path) -> Non
 
 def test_task_without_statistics_is_refused_by_name() -> None:
     normalizer = Normalizer.fit(NormalizationConfig(), harvests())
-    with pytest.raises(UserError, match="'rte'.*known tasks"):
+    with pytest.raises(UserError, match=r"'rte'.*known tasks"):
         normalizer.normalize("rte", torch.zeros(1, 50))
 
 
@@ -87,7 +87,7 @@ def test_vectors_of_another_layout_are_refused_with_both_shapes() -> None:
 
 
 def test_unequal_sizes_and_infinite_values_are_refused() -> None:
-    with pytest.raises(UserError, match="differ in size"):
+    with pytest.raises(UserError, match=r"differ in size"):
         Normalizer.fit(NormalizationConfig(), {"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)})
-    with pytest.raises(UserError, match="'a'.*not finite"):
+    with pytest.raises(UserError, match=r"'a'.*not finite"):
         Normalizer.fit(NormalizationConfig(), {"a": torch.tensor([[float("nan")]])})
