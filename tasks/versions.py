@@ -46,9 +46,9 @@ def _skeleton(node: Any) -> Any:
         return node if isinstance(node, str | int | float) else repr(node)
     fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
     fields.pop("decorator_list", None)  # a stage's own decorator holds its version and its label
-    documented = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module)
-    if documented and ast.get_docstring(node, clean=False) is not None:
-        fields["body"] = node.body[1:]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+        docstring = ast.get_docstring(node, clean=False)
+        fields["body"] = node.body if docstring is None else node.body[1:]
     return {type(node).__name__: {name: _skeleton(value) for name, value in fields.items()}}
 
 
