@@ -63,9 +63,14 @@ def test_number_of_parameters_is_that_of_table_1(family, config, modules, k_per_
 
 def test_blocks_of_table_4c_have_their_published_sizes() -> None:
     with torch.device("meta"):
-        adapted = adapt(AutoModelForSequenceClassification.from_config(BertConfig()), LoraSpec(), FAMILIES["bert"].target_modules, 0)  # fmt: skip
+        adapted = adapt(
+            AutoModelForSequenceClassification.from_config(BertConfig()), LoraSpec(), FAMILIES["bert"].target_modules, 0
+        )
     layout = layout_of(adapted, FAMILIES["bert"].block_pattern)
-    sizes = [sum(f.rank * (f.in_features + f.out_features) for f in layout.factors if f.block <= last) for last in (1, 4, 8, 11)]
+    sizes = [
+        sum(f.rank * (f.in_features + f.out_features) for f in layout.factors if f.block <= last)
+        for last in (1, 4, 8, 11)
+    ]
     assert sizes == [12_288, 30_720, 55_296, 73_728]
 
 

@@ -49,18 +49,29 @@ class Case:
     @property
     def place(self) -> dict[str, Any]:
         family = FAMILIES[self.family]
-        return {"last_token": family.pooling == "last", "position_offset": family.position_offset(self.classifier.config)}
+        return {
+            "last_token": family.pooling == "last",
+            "position_offset": family.position_offset(self.classifier.config),
+        }
 
     def model(self, packed: bool, dropout: float = 0.0) -> StackedClassifier:
         return StackedClassifier(
-            self.classifier, self.layout, FAMILIES[self.family].head, packed=packed, scaling=self.lora.scaling, dropout=dropout
+            self.classifier,
+            self.layout,
+            FAMILIES[self.family].head,
+            packed=packed,
+            scaling=self.lora.scaling,
+            dropout=dropout,
         )
 
     def pad(self, rows_SB: torch.Tensor, **options: Any) -> TokenBatch:
         return pad(self.texts, rows_SB, pad_token_id=self.classifier.config.pad_token_id, **self.place, **options)
 
     def batches(self) -> dict[str, tuple[bool, TokenBatch]]:
-        made = {"padded": (False, self.pad(self.rows_SB)), "padded to 20": (False, self.pad(self.rows_SB, max_length=20))}
+        made = {
+            "padded": (False, self.pad(self.rows_SB)),
+            "padded to 20": (False, self.pad(self.rows_SB, max_length=20)),
+        }
         if FAMILIES[self.family].packed:
             made["packed"] = (True, pack(self.texts, self.rows_SB, **self.place))
             made["packed, fixed shape"] = (True, pack(self.texts, self.rows_SB, total=256, max_length=16, **self.place))
@@ -124,7 +135,9 @@ def test_stack_equals_peft_in_outputs_and_gradients_packed_and_padded(case: Case
         w_SK = case.w_SK.clone().requires_grad_()
         logits = model(w_SK, model.stack_heads(case.heads, CLASSES), batch)
         (logits**2).sum().backward()
-        torch.testing.assert_close(logits.detach(), expected, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            logits.detach(), expected, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
         error = float((w_SK.grad - gradient).norm() / gradient.norm())
         assert error < 1e-5, f"{name}: the gradients differ by {error:.1e}"
 
@@ -155,7 +168,9 @@ def test_logits_after_saving_and_loading_are_those_of_the_saved_model(case: Case
     with torch.no_grad():
         expected = saved(input_ids=ids).logits
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
-        stack = StackedClassifier(loaded, case.layout, FAMILIES[case.family].head, packed=FAMILIES[case.family].packed, scaling=1.0)
+        stack = StackedClassifier(
+            loaded, case.layout, FAMILIES[case.family].head, packed=FAMILIES[case.family].packed, scaling=1.0
+        )
         texts = TokenizedTexts(ids[0], torch.zeros(9, dtype=torch.int64), torch.tensor([0, 9]))
         row = torch.zeros(1, 1, dtype=torch.int64)
         batch = (
@@ -181,7 +196,9 @@ def test_dropout_does_not_depend_on_grouping_or_padding(case: Case) -> None:
             batch = case.pad(case.rows_SB[s : s + 1], keys_S=keys_S[s : s + 1])
             alone.append(model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), batch)[0])
         expected = torch.stack(alone)
-        together = model(case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB, max_length=20, keys_S=keys_S))
+        together = model(
+            case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB, max_length=20, keys_S=keys_S)
+        )
         torch.testing.assert_close(together, expected, atol=2e-5, rtol=1e-4)
         without = model(case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB))
         assert (without - expected).abs().max() > 0.05, "dropout does something"
