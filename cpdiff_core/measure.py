@@ -99,7 +99,7 @@ def plain_loop(
             synchronize(device)
             start = time.perf_counter()
         rows = torch.from_numpy(batch_rows(run_seed(member), step, fine_tune.batch_size, len(texts)))
-        batch = pad(resident, rows[None].to(device), pad_token_id=0, max_length=int(lengths[rows].max()))
+        batch = pad(resident, rows[None].to(device), pad_token_id=0, row_length=int(lengths[rows].max()))
         optimizer.param_groups[0]["lr"] = float(rates[step])
         extra = {"token_type_ids": batch.token_type_ids} if member.base.family == "bert" else {}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -137,7 +137,7 @@ def stacked_loop(tuning: FineTuning, num_steps: int, capture: bool, warmup: int 
     synchronize(device)
     spent = time.perf_counter() - start
     for step in range(num_steps):
-        tokens += int(lengths[tuning.inputs_of(step).rows_SB.numpy()].sum())
+        tokens += int(lengths[tuning.inputs_of(step)[0].rows_SB.numpy()].sum())
     return spent, tokens
 
 
@@ -161,7 +161,7 @@ def plain_scoring(
             set_peft_model_state_dict(model, layout.unflatten(w_K))
             for first in range(0, len(order), batch_size):
                 rows = order[first : first + batch_size]
-                batch = pad(resident, rows[None].to(device), pad_token_id=0, max_length=int(texts.lengths[rows].max()))
+                batch = pad(resident, rows[None].to(device), pad_token_id=0, row_length=int(texts.lengths[rows].max()))
                 extra = {"token_type_ids": batch.token_type_ids} if member.base.family == "bert" else {}
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).logits

@@ -1,20 +1,20 @@
-"""Batches of token sequences without padding, for many adapters at once.
+"""Batches of token sequences with hardly any padding, for many adapters at once.
 
-A `TokenBatch` lays the sequences of S adapters end to end in one row of T tokens (*packed*). Models whose attention
-cannot be packed (DeBERTa) get the same sequences padded, one row each. Both are built by tensor operations on the
-device where the tokens lie, with shapes that are fixed if `total` is given, so building one can be part of a captured
-CUDA graph.
+Several sequences share a row of L tokens, whoever's they are, and a block mask keeps their attention apart: a mixed
+batch of GLUE fills its rows to 98 % where one row per sequence would leave half of them empty. `place` decides on
+the host where each sequence goes; the batch itself is built by tensor operations on the device where the tokens lie,
+with shapes that are fixed by the number of rows, so building it can be part of a captured CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-TAIL = 64
-"""Padding tokens at the end of a fixed shape form sequences of this length."""
 _SLOT = 4096
 """More than the tokens of any text: text and token number share one dropout key."""
 
@@ -61,130 +61,118 @@ def join(texts: Sequence[TokenizedTexts]) -> tuple[TokenizedTexts, list[int]]:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a stacked model reads. R rows of tokens: one row (packed) or one row per sequence (padded).
+    """What a stacked model reads: R rows of L tokens.
 
-    input_ids, position_ids, token_type_ids: R x T. attention_mask: R x T, only when padded.
-    owners: the adapter of each token, or None where the tokens divide evenly among the adapters in order.
-    pool_index: S x B, the flat index of the token that the head reads.
-    sequence_starts: cumulative lengths, int32 (packed). gather, gather_mask, scatter: the same sequences padded
-    inside the attention only, for devices without a variable-length kernel. dropout_keys: one number per token that
-    does not depend on padding or grouping.
+    input_ids, position_ids, token_type_ids: R x L. attention_mask: R x 1 x L x L, added to the attention scores
+    (packed), or R x L with 1 for tokens (one sequence per row). owners: the adapter of each of the R L tokens, or None
+    where the rows divide evenly among the adapters in order. pool_index: S x B, the flat index of the token that the
+    head reads. dropout_keys: one number per token that does not depend on where the token lies.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     token_type_ids: torch.Tensor
+    attention_mask: torch.Tensor
     pool_index: torch.Tensor
-    attention_mask: torch.Tensor | None = None
     owners: torch.Tensor | None = None
-    sequence_starts: torch.Tensor | None = None
-    max_length: int = 0
-    gather: torch.Tensor | None = None
-    gather_mask: torch.Tensor | None = None
-    scatter: torch.Tensor | None = None
     dropout_keys: torch.Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.numel()
-
-    def to(self, device: torch.device) -> TokenBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
     def repeat(self, num_adapters: int) -> TokenBatch:
         """The batch of one adapter given to each of `num_adapters`: the same texts, one copy each."""
-        device, tokens = self.input_ids.device, self.num_tokens
-        packed = self.attention_mask is None
-        adapter = torch.arange(num_adapters, device=device)[:, None]
 
         def rows(x: torch.Tensor) -> torch.Tensor:
-            return x.repeat(1, num_adapters) if packed else x.repeat(num_adapters, 1)
+            return x.repeat(num_adapters, *[1] * (x.dim() - 1))
 
-        def shifted(x: torch.Tensor | None, step: int) -> torch.Tensor | None:
-            return None if x is None else (x.reshape(1, -1) + adapter * step).reshape(-1, *x.shape[1:])
-
-        starts = self.sequence_starts
-        if starts is not None:
-            begins = (starts[None, :-1] + adapter * tokens).flatten()
-            starts = torch.cat([begins, begins.new_full((1,), num_adapters * tokens)]).int()
+        shift = torch.arange(num_adapters, device=self.input_ids.device)[:, None] * self.input_ids.numel()
         return TokenBatch(
             input_ids=rows(self.input_ids), position_ids=rows(self.position_ids), token_type_ids=rows(self.token_type_ids),
-            attention_mask=None if self.attention_mask is None else rows(self.attention_mask),
-            pool_index=self.pool_index + adapter * tokens, sequence_starts=starts, max_length=self.max_length,
-            gather=shifted(self.gather, tokens),
-            gather_mask=None if self.gather_mask is None else self.gather_mask.repeat(num_adapters, 1),
-            scatter=shifted(self.scatter, 0 if self.gather is None else self.gather.numel()),
+            attention_mask=rows(self.attention_mask), pool_index=self.pool_index + shift,
         )  # fmt: skip
 
 
-def pack(
-    texts: TokenizedTexts, rows_SB: torch.Tensor, *, last_token: bool = False, position_offset: int = 0,
-    total: int | None = None, max_length: int | None = None, keys_S: torch.Tensor | None = None,
-    padded_attention: bool = True,
-) -> TokenBatch:  # fmt: skip
-    """Pack texts `rows_SB[s]` for every adapter s, on the device of `texts`.
+def place(lengths: NDArray[np.int64], row_length: int) -> tuple[NDArray[np.int64], int]:
+    """Where each sequence starts (row number x L + offset), and how many rows that takes.
 
-    total: fill the row up to that many tokens with padding sequences, for a fixed shape; then max_length, an upper
-    bound of the texts' lengths, must be given too. keys_S: one number per adapter that seeds `dropout_keys`.
-    Raises ValueError if `total` is too small (checked where the device need not be asked, on the CPU).
+    The longest first, each into the fullest row that still has room (best fit). Raises ValueError for a sequence longer
+    than a row.
     """
-    device = texts.ids.device
-    rows = rows_SB.flatten()
-    size = texts.lengths[rows]
-    sources = texts.starts[rows]
-    fixed = total is not None
-    if total is None:
-        total = int(size.sum())
-    elif device.type == "cpu" and int(size.sum()) > total:
-        raise ValueError(f"{int(size.sum())} tokens do not fit the {total} of a fixed shape")
-    if fixed:
-        fill = total - size.sum()
-        tail = (fill - TAIL * torch.arange(-(-total // TAIL), device=device)).clamp(0, TAIL)
-        size = torch.cat([size, tail])
-        sources = torch.cat([sources, torch.zeros_like(tail)])
-    ends = size.cumsum(0)
-    begins = ends - size
-    sequence = torch.repeat_interleave(torch.arange(len(size), device=device), size, output_size=total)
-    position = torch.arange(total, device=device) - begins[sequence]
-    token = sources[sequence] + position
-    slot = sequence % rows_SB.shape[1]
-    owners = (sequence // rows_SB.shape[1]).clamp_max(len(rows_SB) - 1)
-    pooled = (ends - 1 if last_token else begins)[: len(rows)]
-    gather = mask = scatter = None
-    longest = max(TAIL, max_length) if fixed and max_length is not None else int(size.max())
-    if padded_attention:
-        mask = torch.arange(longest, device=device)[None, :] < size[:, None]
-        gather = torch.where(mask, begins[:, None] + torch.arange(longest, device=device)[None, :], 0)
-        scatter = sequence * longest + position
+    if len(lengths) and int(lengths.max()) > row_length:
+        raise ValueError(f"a text of {int(lengths.max())} tokens does not fit a row of {row_length}")
+    starts = np.zeros(len(lengths), np.int64)
+    room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room they have left
+    num_rows = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        need = int(lengths[i])
+        left = next((free for free in range(need, row_length) if room[free]), None)
+        if left is None:
+            row, left = num_rows, row_length
+            num_rows += 1
+        else:
+            row = room[left].pop()
+        starts[i] = row * row_length + row_length - left
+        room[left - need].append(row)
+    return starts, num_rows
+
+
+def pack(
+    texts: TokenizedTexts, rows_SB: torch.Tensor, places_SB: torch.Tensor, num_rows: int, row_length: int, *,
+    dtype: torch.dtype = torch.float32, last_token: bool = False, position_offset: int = 0, causal: bool = False,
+    keys_S: torch.Tensor | None = None,
+) -> TokenBatch:  # fmt: skip
+    """Texts `rows_SB[s]` for every adapter s, laid out as `place` says, on the device of `texts`.
+
+    dtype: of the mask, which is added to scores of that type. keys_S: one number per adapter that seeds `dropout_keys`.
+    """
+    device, num_tokens = texts.ids.device, num_rows * row_length
+    rows, places = rows_SB.flatten(), places_SB.flatten()
+    lengths = texts.lengths[rows]
+    offset = torch.arange(row_length, device=device)[None, :]
+    # A text's unused places all go to one slot beyond the end, which is cut off.
+    target = torch.where(offset < lengths[:, None], places[:, None] + offset, num_tokens).flatten()
+
+    def spread(values: torch.Tensor, empty: int) -> torch.Tensor:
+        out = values.new_full((num_tokens + 1,), empty)
+        return out.scatter_(0, target, values.expand(len(rows), row_length).flatten())[:num_tokens]
+
+    source = spread(texts.starts[rows][:, None] + offset, 0)
+    position = spread(offset, 0)
+    sequence = spread(torch.arange(1, len(rows) + 1, device=device)[:, None], 0)
+    block = sequence.view(num_rows, 1, row_length)
+    allowed = block.transpose(1, 2) == block
+    if causal:
+        allowed = allowed & torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    slot = (sequence - 1).clamp_min(0)
+    owners = slot // rows_SB.shape[1]
+    keys = None if keys_S is None else slot % rows_SB.shape[1] * _SLOT + position + keys_S[owners]
+    pooled = places + lengths - 1 if last_token else places
+    shape = (num_rows, row_length)
     return TokenBatch(
-        input_ids=texts.ids[token][None], token_type_ids=texts.types[token][None],
-        position_ids=(position + position_offset)[None], pool_index=pooled.view(rows_SB.shape),
-        owners=None if len(rows_SB) == 1 else owners, max_length=longest,
-        sequence_starts=torch.cat([ends.new_zeros(1), ends]).int(), gather=gather, gather_mask=mask, scatter=scatter,
-        dropout_keys=None if keys_S is None else slot * _SLOT + position + keys_S[owners],
+        input_ids=texts.ids[source].view(shape), token_type_ids=texts.types[source].view(shape),
+        position_ids=(position + position_offset).view(shape), attention_mask=mask[:, None],
+        pool_index=pooled.view(rows_SB.shape), owners=None if len(rows_SB) == 1 else owners, dropout_keys=keys,
     )  # fmt: skip
 
 
 def pad(
     texts: TokenizedTexts, rows_SB: torch.Tensor, *, pad_token_id: int, last_token: bool = False,
-    position_offset: int = 0, max_length: int | None = None, keys_S: torch.Tensor | None = None,
+    position_offset: int = 0, row_length: int | None = None, keys_S: torch.Tensor | None = None,
 ) -> TokenBatch:  # fmt: skip
-    """The same sequences with one row each, padded to the longest or to `max_length`."""
+    """The same texts with one row each, padded to the longest or to `row_length`."""
     device = texts.ids.device
     size = texts.lengths[rows_SB.flatten()]
-    longest = int(size.max()) if max_length is None else max_length
-    place = torch.arange(longest, device=device)[None, :]
-    inside = place < size[:, None]
-    token = torch.where(inside, texts.starts[rows_SB.flatten()][:, None] + place, 0)
+    longest = int(size.max()) if row_length is None else row_length
+    offset = torch.arange(longest, device=device)[None, :]
+    inside = offset < size[:, None]
+    token = torch.where(inside, texts.starts[rows_SB.flatten()][:, None] + offset, 0)
     begins = torch.arange(len(size), device=device) * longest
     keys = None
     if keys_S is not None:
         slot = torch.arange(rows_SB.shape[1], device=device) * _SLOT
-        keys = (keys_S[:, None, None] + slot[None, :, None] + place[None]).flatten()
+        keys = (keys_S[:, None, None] + slot[None, :, None] + offset[None]).flatten()
     return TokenBatch(
         input_ids=torch.where(inside, texts.ids[token], pad_token_id), attention_mask=inside.long(),
         token_type_ids=torch.where(inside, texts.types[token], 0),
-        position_ids=torch.where(inside, place + position_offset, 0),
-        pool_index=(begins + (size - 1 if last_token else 0)).view(rows_SB.shape), max_length=longest, dropout_keys=keys,
+        position_ids=torch.where(inside, offset + position_offset, 0),
+        pool_index=(begins + (size - 1 if last_token else 0)).view(rows_SB.shape), dropout_keys=keys,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.domains.base_models import FAMILIES, BaseModel, cached_classifier
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig, tokenize
-from cpdiff_core.domains.glue.stacks import Precision, Stack, build_stack
+from cpdiff_core.domains.glue.stacks import Places, Precision, Stack, build_stack, row_length
 from cpdiff_core.lora.layout import LoraSpec, initial_vector
 from cpdiff_core.lora.packing import join
 from cpdiff_core.progress import track
@@ -181,10 +181,11 @@ def stacked_losses(
 
 @dataclass(frozen=True)
 class StepInputs:
-    """All that differs from step to step. rows_SB: examples; keys_S: seeds of the dropout; rates_S: learning rates;
-    corrections_2: 1 - beta^t of AdamW's two moments."""
+    """All that differs from step to step. rows_SB: examples, places_SB: where their tokens lie; keys_S: seeds of the
+    dropout; rates_S: learning rates; corrections_2: 1 - beta^t of AdamW's two moments."""
 
     rows_SB: torch.Tensor
+    places_SB: torch.Tensor
     keys_S: torch.Tensor
     rates_S: torch.Tensor
     corrections_2: torch.Tensor
@@ -199,7 +200,7 @@ class StepInputs:
             mine.copy_(theirs)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.rows_SB, self.keys_S, self.rates_S, self.corrections_2
+        return self.rows_SB, self.places_SB, self.keys_S, self.rates_S, self.corrections_2
 
 
 class FineTuning:
@@ -228,6 +229,7 @@ class FineTuning:
         texts, self.first_row = join([texts for texts, _ in data])
         self.texts = texts.to(device)
         self.lengths = texts.lengths.numpy()
+        self.row_length = row_length(int(self.lengths.max()), device)
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in data])).float().to(device)
         self.w_SK = torch.stack([initial_weights(member) for member in members]).to(device)
         self.adamw = AdamW(torch.zeros_like(self.w_SK), torch.zeros_like(self.w_SK))
@@ -266,8 +268,8 @@ class FineTuning:
                         resume.save(self._state(), {"step": self.step})
         return [self._result(s) for s in range(len(self.members))]
 
-    def inputs_of(self, step: int) -> StepInputs:
-        """What step `step` needs besides the resident data, on the host."""
+    def inputs_of(self, step: int, multiple: int = 1) -> tuple[StepInputs, int]:
+        """What step `step` needs besides the resident data, on the host, and the number of its rows."""
         rows = [
             batch_rows(run_seed(member), step, self.batch_size, count) + first
             for member, count, first in zip(self.members, self.num_examples, self.first_row, strict=True)
@@ -278,16 +280,19 @@ class FineTuning:
                 [np.random.SeedSequence([*run_seed(m), step]).generate_state(1)[0] for m in self.members], np.int64
             )
         corrections = [1.0 - beta ** (step + 1) for beta in (self.adamw.beta1, self.adamw.beta2)]
-        return StepInputs(
-            rows_SB=torch.from_numpy(np.stack(rows)), keys_S=torch.from_numpy(keys),
+        rows_SB = np.stack(rows)
+        places = self.stack.places(self.lengths[rows_SB], self.row_length, multiple)
+        inputs = StepInputs(
+            rows_SB=torch.from_numpy(rows_SB), places_SB=places.places_SB, keys_S=torch.from_numpy(keys),
             rates_S=torch.from_numpy(self.rates_TS[step]), corrections_2=torch.tensor(corrections),
         )  # fmt: skip
+        return inputs, places.num_rows
 
-    def train_step(self, inputs: StepInputs, total: int | None = None) -> torch.Tensor:
+    def train_step(self, inputs: StepInputs, num_rows: int) -> torch.Tensor:
         """One optimiser step of every run, on the device alone. Returns the losses, S."""
         keys_S = inputs.keys_S if self.members[0].lora.lora_dropout > 0 else None
-        longest = self.members[0].fine_tune.max_length if total is not None else None
-        batch = self.stack.batch(self.texts, inputs.rows_SB, total=total, max_length=longest, keys_S=keys_S)
+        places = Places(inputs.places_SB, num_rows, self.row_length)
+        batch = self.stack.batch(self.texts, inputs.rows_SB, places, keys_S)
         targets_SB = self.labels[inputs.rows_SB]
         w_SK = self.w_SK.detach().requires_grad_()
         logits = self.stack.model(w_SK, self.heads, batch)
@@ -349,8 +354,8 @@ class FineTuning:
 
 READ_EVERY = 50
 """Steps between two looks at the losses on a GPU."""
-TOKEN_STEP = 512
-"""Captured steps come in shapes of so many tokens; a step is filled up to the next one with padding sequences."""
+ROW_STEP = 4
+"""Captured steps come in shapes of so many rows; a step is filled up to the next one with empty rows."""
 
 
 class StepProgram:
@@ -359,48 +364,43 @@ class StepProgram:
     def __init__(self, tuning: FineTuning, capture: bool) -> None:
         self.tuning = tuning
         self.capture = capture
-        self._graphs: dict[int | None, torch.cuda.CUDAGraph] = {}
-        self._losses: dict[int | None, torch.Tensor] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._losses: dict[int, torch.Tensor] = {}
         self._static: StepInputs | None = None
 
-    def prepare(self, step: int) -> int | None:
+    def prepare(self, step: int) -> int:
         """Load the inputs of a step and capture its shape if it is new. Returns the shape."""
-        tuning = self.tuning
-        host = tuning.inputs_of(step)
-        total: int | None = None
-        if tuning.stack.family.packed and self.capture:
-            total = -(-int(tuning.lengths[host.rows_SB.numpy()].sum()) // TOKEN_STEP) * TOKEN_STEP
-        inputs = host.to(tuning.stack.device)
+        host, num_rows = self.tuning.inputs_of(step, ROW_STEP if self.capture else 1)
+        inputs = host.to(self.tuning.stack.device)
         if self._static is None:
             self._static = inputs
         else:
             self._static.copy_(inputs)
-        if self.capture and total not in self._graphs:
-            self._capture(total)
-        return total
+        if self.capture and num_rows not in self._graphs:
+            self._capture(self._static, num_rows)
+        return num_rows
 
     def __call__(self, step: int) -> torch.Tensor:
-        total = self.prepare(step)
+        num_rows = self.prepare(step)
         if not self.capture:
             assert self._static is not None
-            return self.tuning.train_step(self._static)
-        self._graphs[total].replay()
-        return self._losses[total]
+            return self.tuning.train_step(self._static, num_rows)
+        self._graphs[num_rows].replay()
+        return self._losses[num_rows]
 
-    def _capture(self, total: int | None) -> None:
-        """Capture the step at one shape. The runs made to warm up are taken back."""
-        tuning, static = self.tuning, self._static
-        assert static is not None
+    def _capture(self, static: StepInputs, num_rows: int) -> None:
+        """Capture the step at one shape. The run made to warm up is taken back."""
+        tuning = self.tuning
         state = [tensor.clone() for tensor in (tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            tuning.train_step(static, total)
+            tuning.train_step(static, num_rows)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            self._losses[total] = tuning.train_step(static, total)
-        self._graphs[total] = graph
+            self._losses[num_rows] = tuning.train_step(static, num_rows)
+        self._graphs[num_rows] = graph
         for tensor, before in zip((tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK), state, strict=True):
             tensor.copy_(before)

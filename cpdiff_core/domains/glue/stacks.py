@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import FAMILIES, BaseModel, Family, cached_classifier
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout, initial_vector
-from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, pack, pad
+from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, pack, pad, place
 from cpdiff_core.lora.stacked import StackedClassifier
 from cpdiff_core.progress import track
 
@@ -32,25 +34,43 @@ class Stack:
     device: torch.device
 
     def batch(
-        self, texts: TokenizedTexts, rows_SB: torch.Tensor, *, total: int | None = None, max_length: int | None = None,
-        keys_S: torch.Tensor | None = None,
-    ) -> TokenBatch:  # fmt: skip
+        self, texts: TokenizedTexts, rows_SB: torch.Tensor, layout: Places, keys_S: torch.Tensor | None = None
+    ) -> TokenBatch:
         """Sequences `rows_SB[s]` of `texts` for each adapter s, packed where the architecture allows."""
         last = self.family.pooling == "last"
         if self.family.packed:
             return pack(
-                texts, rows_SB, last_token=last, position_offset=self.position_offset, total=total, max_length=max_length,
-                keys_S=keys_S, padded_attention=not self.variable_length_attention,
+                texts, rows_SB, layout.places_SB, layout.num_rows, layout.row_length, dtype=self.model.dtype,
+                last_token=last, position_offset=self.position_offset, causal=last, keys_S=keys_S,
             )  # fmt: skip
         return pad(
             texts, rows_SB, pad_token_id=self.pad_token_id, last_token=last, position_offset=self.position_offset,
-            max_length=max_length, keys_S=keys_S,
+            row_length=layout.row_length, keys_S=keys_S,
         )  # fmt: skip
 
-    @property
-    def variable_length_attention(self) -> bool:
-        """Whether attention runs over packed sequences without any padding (bf16 on CUDA)."""
-        return self.device.type == "cuda" and next(self.model.parameters()).dtype == torch.bfloat16
+    def places(self, lengths_SB: NDArray[np.int64], row_length: int, multiple: int = 1) -> Places:
+        """Where to put sequences of these lengths, on the host; the number of rows is rounded up to a multiple."""
+        if not self.family.packed:
+            return Places(torch.zeros(lengths_SB.shape, dtype=torch.int64), lengths_SB.size, row_length)
+        starts, num_rows = place(lengths_SB.ravel(), row_length)
+        return Places(torch.from_numpy(starts.reshape(lengths_SB.shape)), -(-num_rows // multiple) * multiple, row_length)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The rows of a batch: where each sequence starts, how many rows there are, and their length."""
+
+    places_SB: torch.Tensor
+    num_rows: int
+    row_length: int
+
+    def to(self, device: torch.device) -> Places:
+        return Places(self.places_SB.to(device), self.num_rows, self.row_length)
+
+
+def row_length(longest: int, device: torch.device) -> int:
+    """Tokens of one row for texts of at most `longest`: short rows cost less attention, long ones pack better."""
+    return max(-(-longest // 8) * 8, 64 if device.type == "cpu" else 128)
 
 
 def device_of(runtime: RuntimeConfig) -> torch.device:
@@ -64,18 +84,21 @@ def device_of(runtime: RuntimeConfig) -> torch.device:
 
 def build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, runtime: RuntimeConfig) -> Stack:
     """The base for stacks of adapters of this shape. Kept in memory for the next stage."""
-    return _build_stack(base, lora, num_classes, precision, device_of(runtime))
+    device = device_of(runtime)
+    return _build_stack(base, lora, num_classes, precision, device, bool(runtime.compile) and device.type == "cuda")
 
 
 @lru_cache(maxsize=2)
-def _build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device) -> Stack:
+def _build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool) -> Stack:
     family = FAMILIES[base.family]
     classifier, _ = cached_classifier(base, num_classes)
     _, layout = initial_vector(classifier, lora, family.target_modules, family.block_pattern, 0)
     model = StackedClassifier(
-        classifier, layout, family.head, packed=family.packed, scaling=lora.scaling, dropout=lora.lora_dropout
+        classifier, layout, family.head, scaling=lora.scaling, dropout=lora.lora_dropout
     )
     model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if compiled:
+        model.compile_layers()
     return Stack(
         model=model, layout=layout, family=family, pad_token_id=int(classifier.config.pad_token_id),
         position_offset=family.position_offset(classifier.config), device=device,
@@ -100,6 +123,14 @@ def _shards(texts: TokenizedTexts, budget: int, padded: bool) -> Iterator[torch.
         start += count
 
 
+def _shard_batch(stack: Stack, resident: TokenizedTexts, texts: TokenizedTexts, shard: torch.Tensor) -> TokenBatch:
+    """The batch of texts `shard` for one adapter."""
+    lengths = texts.lengths[shard].numpy()
+    length = row_length(int(lengths.max()), stack.device) if stack.family.packed else int(lengths.max())
+    layout = stack.places(lengths[None], length)
+    return stack.batch(resident, shard[None].to(stack.device), layout.to(stack.device))
+
+
 @torch.no_grad()
 def features_of(stack: Stack, texts: TokenizedTexts, label: str, runtime: RuntimeConfig) -> torch.Tensor:
     """The frozen base's features of every text, n x H, float32 on the CPU."""
@@ -108,7 +139,7 @@ def features_of(stack: Stack, texts: TokenizedTexts, label: str, runtime: Runtim
     features: torch.Tensor | None = None
     with track(label, len(texts), runtime, unit="text") as progress:
         for shard in _shards(texts, tokens_per_batch(runtime, stack.device), not stack.family.packed):
-            part = stack.model.features(w_1K, stack.batch(resident, shard[None].to(stack.device)))[0].float()
+            part = stack.model.features(w_1K, _shard_batch(stack, resident, texts, shard))[0].float()
             features = part.new_empty(len(texts), part.shape[-1]) if features is None else features
             features[shard.to(stack.device)] = part
             progress.step(len(shard))
@@ -132,8 +163,7 @@ def logits_of(
             size = len(part_SK)
             heads = stack.model.stack_heads([head] * size, num_classes)
             for shard in _shards(texts, max(1, budget // size), not stack.family.packed):
-                rows = shard.to(stack.device)
-                batch = stack.batch(resident, rows[None]).repeat(size)
-                out[first : first + size, rows] = stack.model(part_SK, heads, batch)
+                batch = _shard_batch(stack, resident, texts, shard).repeat(size)
+                out[first : first + size, shard.to(stack.device)] = stack.model(part_SK, heads, batch)
                 progress.step(size * len(shard))
     return out.cpu()
