@@ -22,7 +22,7 @@ from cpdiff_core.domains.base_models import (
     resolve_base_model,
 )
 from cpdiff_core.lora.layout import LoraSpec, adapt, initial_vector
-from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, pack, pad
+from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, pack, pad, place
 from cpdiff_core.lora.stacked import StackedClassifier, counter_dropout
 
 S, B, CLASSES = 3, 4, 3
@@ -47,34 +47,42 @@ class Case:
     rows_SB: torch.Tensor
 
     @property
-    def place(self) -> dict[str, Any]:
+    def reading(self) -> dict[str, Any]:
+        """What the architecture asks of a batch: which token its head reads, and where positions start."""
         family = FAMILIES[self.family]
         return {
             "last_token": family.pooling == "last",
             "position_offset": family.position_offset(self.classifier.config),
         }
 
-    def model(self, packed: bool, dropout: float = 0.0) -> StackedClassifier:
-        return StackedClassifier(
-            self.classifier,
-            self.layout,
-            FAMILIES[self.family].head,
-            packed=packed,
-            scaling=self.lora.scaling,
-            dropout=dropout,
-        )
+    def model(self, dropout: float = 0.0) -> StackedClassifier:
+        head, scaling = FAMILIES[self.family].head, self.lora.scaling
+        return StackedClassifier(self.classifier, self.layout, head, scaling=scaling, dropout=dropout)
 
     def pad(self, rows_SB: torch.Tensor, **options: Any) -> TokenBatch:
-        return pad(self.texts, rows_SB, pad_token_id=self.classifier.config.pad_token_id, **self.place, **options)
+        pad_token_id = self.classifier.config.pad_token_id
+        return pad(self.texts, rows_SB, pad_token_id=pad_token_id, **self.reading, **options)
 
-    def batches(self) -> dict[str, tuple[bool, TokenBatch]]:
+    def pack(self, rows_SB: torch.Tensor, row_length: int, empty_rows: int = 0, **options: Any) -> TokenBatch:
+        starts, num_rows = place(self.texts.lengths[rows_SB.flatten()].numpy(), row_length)
+        places_SB = torch.from_numpy(starts).view(rows_SB.shape)
+        return pack(
+            self.texts, rows_SB, places_SB, num_rows + empty_rows, row_length, causal=self.family == "gpt2",
+            **self.reading, **options,
+        )  # fmt: skip
+
+    def batches(self, **options: Any) -> dict[str, TokenBatch]:
+        """The same sequences in every layout that the architecture allows."""
         made = {
-            "padded": (False, self.pad(self.rows_SB)),
-            "padded to 20": (False, self.pad(self.rows_SB, max_length=20)),
+            "padded": self.pad(self.rows_SB, **options),
+            "padded to 20": self.pad(self.rows_SB, row_length=20, **options),
         }
         if FAMILIES[self.family].packed:
-            made["packed"] = (True, pack(self.texts, self.rows_SB, **self.place))
-            made["packed, fixed shape"] = (True, pack(self.texts, self.rows_SB, total=256, max_length=16, **self.place))
+            made |= {
+                "packed": self.pack(self.rows_SB, 16, **options),
+                "packed in long rows": self.pack(self.rows_SB, 40, **options),
+                "packed with empty rows": self.pack(self.rows_SB, 16, empty_rows=3, **options),
+            }
         return made
 
 
@@ -130,8 +138,8 @@ def peft_one_at_a_time(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 def test_stack_equals_peft_in_outputs_and_gradients_packed_and_padded(case: Case) -> None:
     expected, gradient = peft_one_at_a_time(case)
     assert expected.std() > 0.1
-    for name, (packed, batch) in case.batches().items():
-        model = case.model(packed)
+    model = case.model()
+    for name, batch in case.batches().items():
         w_SK = case.w_SK.clone().requires_grad_()
         logits = model(w_SK, model.stack_heads(case.heads, CLASSES), batch)
         (logits**2).sum().backward()
@@ -143,9 +151,8 @@ def test_stack_equals_peft_in_outputs_and_gradients_packed_and_padded(case: Case
 
 
 def test_same_texts_for_many_adapters_equal_each_adapter_alone(case: Case) -> None:
-    packed = FAMILIES[case.family].packed
-    model = case.model(packed)
-    one = pack(case.texts, case.rows_SB[:1], **case.place) if packed else case.pad(case.rows_SB[:1])
+    model = case.model()
+    one = case.pack(case.rows_SB[:1], 16) if FAMILIES[case.family].packed else case.pad(case.rows_SB[:1])
     with torch.no_grad():
         together = model(case.w_SK, model.stack_heads(case.heads, CLASSES), one.repeat(S))
         for s in range(S):
@@ -168,15 +175,10 @@ def test_logits_after_saving_and_loading_are_those_of_the_saved_model(case: Case
     with torch.no_grad():
         expected = saved(input_ids=ids).logits
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
-        stack = StackedClassifier(
-            loaded, case.layout, FAMILIES[case.family].head, packed=FAMILIES[case.family].packed, scaling=1.0
-        )
+        stack = StackedClassifier(loaded, case.layout, FAMILIES[case.family].head, scaling=1.0)
         texts = TokenizedTexts(ids[0], torch.zeros(9, dtype=torch.int64), torch.tensor([0, 9]))
         row = torch.zeros(1, 1, dtype=torch.int64)
-        batch = (
-            pack(texts, row, **case.place) if FAMILIES[case.family].packed
-            else pad(texts, row, pad_token_id=config.pad_token_id, **case.place)
-        )  # fmt: skip
+        batch = pad(texts, row, pad_token_id=config.pad_token_id, **case.reading)
         zero = torch.zeros(1, case.layout.num_parameters)
         logits = stack(zero, stack.stack_heads([{}], CLASSES), batch)
     torch.testing.assert_close(logits[0], expected, atol=1e-5, rtol=1e-5)
@@ -189,27 +191,19 @@ def test_head_is_every_parameter_that_the_checkpoint_lacks(case: Case) -> None:
 
 def test_dropout_does_not_depend_on_grouping_or_padding(case: Case) -> None:
     keys_S = torch.tensor([11, 2**31 + 5, 70_000])
-    alone = []
+    model = case.model(dropout=0.5)
+
+    def logits_of(batch: TokenBatch, first: int = 0, last: int = S) -> torch.Tensor:
+        return model(case.w_SK[first:last], model.stack_heads(case.heads[first:last], CLASSES), batch)
+
     with torch.no_grad():
-        model = case.model(packed=False, dropout=0.5)
-        for s in range(S):
-            batch = case.pad(case.rows_SB[s : s + 1], keys_S=keys_S[s : s + 1])
-            alone.append(model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), batch)[0])
+        alone = [logits_of(case.pad(case.rows_SB[s : s + 1], keys_S=keys_S[s : s + 1]), s, s + 1)[0] for s in range(S)]
         expected = torch.stack(alone)
-        together = model(
-            case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB, max_length=20, keys_S=keys_S)
-        )
-        torch.testing.assert_close(together, expected, atol=2e-5, rtol=1e-4)
-        without = model(case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB))
-        assert (without - expected).abs().max() > 0.05, "dropout does something"
-        other = model(case.w_SK, model.stack_heads(case.heads, CLASSES), case.pad(case.rows_SB, keys_S=keys_S + 1))
-        assert (other - expected).abs().max() > 0.05, "another step's key gives another mask"
-        if FAMILIES[case.family].packed:
-            model = case.model(packed=True, dropout=0.5)
-            for options in ({}, {"total": 256, "max_length": 16}):
-                batch = pack(case.texts, case.rows_SB, keys_S=keys_S, **case.place, **options)
-                logits = model(case.w_SK, model.stack_heads(case.heads, CLASSES), batch)
-                torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+        for name, batch in case.batches(keys_S=keys_S).items():
+            assert torch.allclose(logits_of(batch), expected, atol=2e-5, rtol=1e-4), name
+        without, other = logits_of(case.pad(case.rows_SB)), logits_of(case.pad(case.rows_SB, keys_S=keys_S + 1))
+    assert (without - expected).abs().max() > 0.05, "dropout does something"
+    assert (other - expected).abs().max() > 0.05, "another step's key gives another mask"
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -231,6 +225,13 @@ def test_dropout_has_its_rate_keeps_the_mean_and_looks_independent(p: float) -> 
         assert abs(correlation) < 5 / n**0.5
 
 
-def test_texts_that_do_not_fit_a_fixed_shape_are_refused(case: Case) -> None:
-    with pytest.raises(ValueError, match=r"tokens do not fit the 16 of a fixed shape"):
-        pack(case.texts, case.rows_SB, total=16, max_length=16)
+def test_places_do_not_overlap_and_waste_little() -> None:
+    lengths = np.random.default_rng(0).integers(3, 40, 500)
+    starts, num_rows = place(lengths, 64)
+    taken = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    assert len(np.unique(taken)) == lengths.sum(), "no two sequences share a token's place"
+    assert ((starts + lengths - 1) // 64 == starts // 64).all(), "no sequence crosses the end of its row"
+    assert taken.max() < 64 * num_rows
+    assert lengths.sum() / (64 * num_rows) > 0.97
+    with pytest.raises(ValueError, match="a text of 65 tokens does not fit a row of 64"):
+        place(np.array([3, 65]), 64)
