@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import nn
 
 from cpdiff_core.config import Config, LocalFile, UserError
@@ -201,8 +202,8 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
                 str(base.folder), num_labels=num_labels, local_files_only=True, output_loading_info=True,
                 dtype=torch.float32, attn_implementation="eager" if base.family == "deberta" else "sdpa",
             )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"base_model.name {base.name!r}: cannot be loaded ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -160,7 +160,7 @@ def _labels(task: TextTask, column: pd.Series[Any], where: str) -> NDArray[np.fl
         values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
         if (bad := np.flatnonzero(~np.isfinite(values))).size:
             raise UserError(
-                f"task {task.name!r}: {where} row {bad[0]}: label {column.iloc[bad[0]]!r} is not a number; "
+                f"task {task.name!r}: {where} row {bad[0]}: label {_shown(column, bad[0])} is not a number; "
                 "mend the row, or give labels for classification"
             )
         return values
@@ -171,10 +171,16 @@ def _labels(task: TextTask, column: pd.Series[Any], where: str) -> NDArray[np.fl
     wrong = ~(np.isfinite(values) & (values >= 0) & (values < len(task.labels)) & (values == np.floor(values)))
     if (bad := np.flatnonzero(wrong)).size:
         raise UserError(
-            f"task {task.name!r}: {where} row {bad[0]}: label {column.iloc[bad[0]]!r} is out of range; "
+            f"task {task.name!r}: {where} row {bad[0]}: label {_shown(column, bad[0])} is out of range; "
             f"expected 0 to {len(task.labels) - 1} or one of {', '.join(task.labels)} (is the split unlabelled?)"
         )
     return values
+
+
+def _shown(column: pd.Series[Any], row: int) -> str:
+    """A value as the user wrote it, without numpy's type around it."""
+    value = column.iloc[row]
+    return repr(value.item() if isinstance(value, np.generic) else value)
 
 
 @lru_cache(maxsize=32)
