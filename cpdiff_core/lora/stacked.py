@@ -16,66 +16,186 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from cpdiff_core.lora.layout import ParameterLayout
 from cpdiff_core.lora.packing import TokenBatch
 
 HeadLayers = tuple[tuple[str, str], ...]
-Factors = tuple[torch.Tensor, torch.Tensor]
 _PEFT_PREFIX = "base_model.model."
+_ALIGN = 8
+"""Inner sizes of the small products are filled up with zeros to a multiple that matrix units like."""
+
+
+class _Arrange(torch.autograd.Function):
+    """w_SK -> the factors of every layer end to end, each as one matrix over all adapters; a permutation with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, w_SK: torch.Tensor, order: torch.Tensor, back: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.shape = w_SK.shape
+        flat = w_SK.flatten().to(dtype)
+        return torch.cat([flat, flat.new_zeros(1)])[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return grads[0][back].view(ctx.shape).float(), None, None, None
+
+
+class _MixedLinear(torch.autograd.Function):
+    """y = x W^T + b + scaling (x down^T * mask) up, for tokens of all adapters in any order.
+
+    The adapters' part rides in the frozen product: [x, h] [W, scaling up^T]^T is one matrix product, and so is its
+    gradient with respect to x and h. down: J x in, up: J x out, mask: T x J with 1 where column j belongs to the
+    token's adapter. W and b get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor,
+        bias: torch.Tensor | None, scaling: float,
+    ) -> torch.Tensor:  # fmt: skip
+        hidden = (x @ down.t()) * mask
+        joint = torch.cat([weight, up.t() * scaling], dim=1)
+        ctx.save_for_backward(x, down, mask, hidden, joint)
+        ctx.scaling = scaling
+        return F.linear(torch.cat([x, hidden], dim=1), joint, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, down, mask, hidden, joint = ctx.saved_tensors
+        both = grads[0] @ joint
+        d_hidden = both[:, x.shape[1] :] * mask
+        d_x = torch.addmm(both[:, : x.shape[1]], d_hidden, down) if ctx.needs_input_grad[0] else None
+        return d_x, d_hidden.t() @ x, (hidden.t() @ grads[0]) * ctx.scaling, None, None, None, None
 
 
 class _Routing:
     """The adapters of the forward pass under way, shared by all stacked layers of one model."""
 
-    def __init__(self, scaling: float, dropout: float) -> None:
+    def __init__(self, layout: ParameterLayout, scaling: float, dropout: float) -> None:
+        self.layout = layout
         self.scaling = scaling
         self.dropout = dropout
-        self.layers: list[StackedLora | FusedSelfAttention] = []
-        self.mask: torch.Tensor | None = None
+        self.layers: list[_Adapted] = []
+        self.masks: dict[int, torch.Tensor] = {}
         self.dropout_keys: torch.Tensor | None = None
         self.num_rows = 0
+        self.num_columns = 0  # S x rank: those of one adapted module in the small products
+        self._orders: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def set(self, factors: dict[str, Factors], batch: TokenBatch, dtype: torch.dtype) -> None:
-        """mask: T x (S rank), 1 where the column's adapter owns the token; None if rows divide evenly, in order."""
+    def set(self, w_SK: torch.Tensor, batch: TokenBatch, dtype: torch.dtype) -> None:
+        """Give every layer its factors. Tokens of mixed order use matrices over all adapters and a mask; rows that
+        divide evenly among the adapters, in order, use batched products."""
+        self.num_rows, self.dropout_keys = batch.input_ids.shape[0], batch.dropout_keys
+        self.masks = {}
+        if batch.owners is None:
+            factors = self.layout.views(w_SK.to(dtype))
+            for layer in self.layers:
+                layer.pairs = [factors[name] for name in layer.names]
+            return
+        num_adapters = len(w_SK)
+        key = (num_adapters, w_SK.device)
+        if key not in self._orders:
+            self._orders[key] = tuple(x.to(w_SK.device) for x in self._order(num_adapters))  # type: ignore[assignment]
+        flat = _Arrange.apply(w_SK, *self._orders[key], dtype)
+        start = 0
         for layer in self.layers:  # each holds its own, so that a compiled layer serves all of them
-            layer.pairs = [(factors[name][0].to(dtype), factors[name][1].to(dtype)) for name in layer.names]
-        self.num_rows, self.dropout_keys, self.mask = batch.input_ids.shape[0], batch.dropout_keys, None
-        if batch.owners is not None:
-            num_adapters, rank = next(iter(factors.values()))[0].shape[:2]
-            columns = torch.arange(num_adapters, device=batch.owners.device).repeat_interleave(rank)
-            self.mask = (batch.owners[:, None] == columns).to(dtype)
+            rows = self._inner(num_adapters, len(layer.names))
+            sizes = (rows * layer.in_features, rows * layer.out_features)
+            down, up = flat[start : start + sizes[0]], flat[start + sizes[0] : start + sum(sizes)]
+            layer.down, layer.up = down.view(rows, -1), up.view(rows, -1)
+            start += sum(sizes)
+        rank = self.layout.factors[0].rank
+        columns = torch.arange(num_adapters, device=w_SK.device).repeat_interleave(rank)
+        self.num_columns = len(columns)
+        own = (batch.owners[:, None] == columns).to(dtype)
+        for count in {len(layer.names) for layer in self.layers}:
+            self.masks[count] = F.pad(own.repeat(1, count), (0, self._inner(num_adapters, count) - count * own.shape[1]))
 
-    def add(self, out: torch.Tensor, x: torch.Tensor, pairs: list[Factors], salts: tuple[int, ...]) -> torch.Tensor:
-        """out plus the adapters' products of x, for layers whose outputs lie side by side in `out`'s last axis.
+    def _inner(self, num_adapters: int, count: int) -> int:
+        """Columns J of the small products of a layer that joins `count` adapted modules."""
+        return -(-num_adapters * self.layout.factors[0].rank * count // _ALIGN) * _ALIGN
 
-        out: T x sum of widths, x: T x in. Where a mask is set, all adapters' products are computed at once and what
-        is not the token's own is struck out: plain products, tokens in any order, a deterministic backward. It is
-        worth it while S x rank is small against the width. Otherwise tokens come adapter by adapter, equally many.
-        """
-        if self.dropout > 0.0 and self.dropout_keys is not None:
-            parts = out.split([b.shape[1] for _, b in pairs], dim=-1)
-            inputs = [counter_dropout(x, self.dropout_keys, salt, self.dropout) for salt in salts]
-            added = [self._product(*item) for item in zip(parts, inputs, [[pair] for pair in pairs], strict=True)]
-            return torch.cat(added, dim=-1) if len(added) > 1 else added[0]
-        return self._product(out, x, pairs)
+    def _order(self, num_adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each place of the arranged factors its place in w_SK (or one beyond, a zero), and the way back."""
+        factors = {factor.module: factor for factor in self.layout.factors}
+        size = self.layout.num_parameters
+        adapter = torch.arange(num_adapters)[:, None, None] * size
+        parts = []
+        for layer in self.layers:
+            members = [factors[name] for name in layer.names]
+            rank, count = members[0].rank, len(members)
+            rows = self._inner(num_adapters, count)
+            down = torch.full((rows, layer.in_features), num_adapters * size)
+            up = torch.full((rows, layer.out_features), num_adapters * size)
+            width = 0
+            for i, factor in enumerate(members):
+                here = slice(i * num_adapters * rank, (i + 1) * num_adapters * rank)
+                a = torch.arange(factor.a_start, factor.a_start + rank * factor.in_features).view(1, rank, -1)
+                b = torch.arange(factor.b_start, factor.b_start + rank * factor.out_features).view(1, -1, rank)
+                down[here] = (adapter + a).flatten(0, 1)
+                up[here, width : width + factor.out_features] = (adapter + b).transpose(1, 2).flatten(0, 1)
+                width += factor.out_features
+            parts += [down.flatten(), up.flatten()]
+        order = torch.cat(parts)
+        back = torch.empty(num_adapters * size + 1, dtype=torch.int64)
+        back[order] = torch.arange(len(order))
+        return order, back[:-1]
 
-    def _product(self, out: torch.Tensor, x: torch.Tensor, pairs: list[Factors]) -> torch.Tensor:
-        down = torch.cat([a for a, _ in pairs], dim=1)  # S x (layers r) x in
-        if self.mask is not None:
-            down = torch.cat([a.flatten(0, 1) for a, _ in pairs])
-            ups = [b.transpose(1, 2).flatten(0, 1) for _, b in pairs]
-            hidden = (x @ down.t()) * (self.mask if len(pairs) == 1 else self.mask.repeat(1, len(pairs)))
-            return torch.addmm(out, hidden, ups[0] if len(ups) == 1 else torch.block_diag(*ups), alpha=self.scaling)
-        groups = down.shape[0]
-        up = [b.transpose(1, 2) for _, b in pairs]  # each S x r x out
+
+class _Adapted(nn.Module):
+    """A frozen linear layer (or several with the same input, side by side) with the adapters of the pass under way."""
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, names: tuple[str, ...], first_salt: int, routing: _Routing
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)  # out x in
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.names, self.first_salt = names, first_salt
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.down = self.up = weight.new_empty(0)
+        self._routing = routing
+        routing.layers.append(self)
+
+    def apply_to(self, x: torch.Tensor) -> torch.Tensor:
+        """T x in -> T x out, the adapters of the tokens included."""
+        routing = self._routing
+        if routing.dropout > 0.0 and routing.dropout_keys is not None:
+            return self._with_dropout(x)
+        if routing.masks:
+            mask = routing.masks[len(self.names)]
+            return _MixedLinear.apply(x, self.down, self.up, mask, self.weight, self.bias, routing.scaling)  # type: ignore[no-any-return]
+        out = F.linear(x, self.weight, self.bias)
+        groups = len(self.pairs[0][0])
+        down = torch.cat([a for a, _ in self.pairs], dim=1)  # S x (modules r) x in
         hidden = torch.bmm(x.reshape(groups, -1, x.shape[-1]), down.transpose(1, 2))
-        if len(up) == 1:
-            return torch.baddbmm(
-                out.reshape(groups, -1, out.shape[-1]), hidden, up[0], alpha=self.scaling
-            ).view(out.shape)
-        parts = [torch.bmm(h, u) for h, u in zip(hidden.chunk(len(up), dim=2), up, strict=True)]
-        return torch.add(out, torch.cat(parts, dim=2).view(out.shape), alpha=self.scaling)
+        ups = [b.transpose(1, 2) for _, b in self.pairs]
+        added = [torch.bmm(h, up) for h, up in zip(hidden.chunk(len(ups), dim=2), ups, strict=True)]
+        return torch.add(out, torch.cat(added, dim=2).view(out.shape), alpha=routing.scaling)
+
+    def _with_dropout(self, x: torch.Tensor) -> torch.Tensor:
+        """Each adapted module drops entries of its own input, as PEFT does."""
+        routing = self._routing
+        assert routing.dropout_keys is not None
+        out = F.linear(x, self.weight, self.bias)
+        dropped = [
+            counter_dropout(x, routing.dropout_keys, self.first_salt + i, routing.dropout) for i in range(len(self.names))
+        ]
+        if routing.masks:
+            mask, step = routing.masks[len(self.names)], routing.num_columns
+            hidden = torch.cat([d @ self.down[i * step : (i + 1) * step].t() for i, d in enumerate(dropped)], dim=1)
+            hidden = F.pad(hidden, (0, mask.shape[1] - hidden.shape[1])) * mask
+            return torch.addmm(out, hidden, self.up, alpha=routing.scaling)
+        groups = len(self.pairs[0][0])
+        added = [
+            torch.bmm(torch.bmm(d.reshape(groups, -1, d.shape[-1]), a.transpose(1, 2)), b.transpose(1, 2))
+            for d, (a, b) in zip(dropped, self.pairs, strict=True)
+        ]
+        return torch.add(out, torch.cat(added, dim=2).view(out.shape), alpha=routing.scaling)
 
 
 def counter_dropout(x: torch.Tensor, keys: torch.Tensor, salt: int, p: float) -> torch.Tensor:
@@ -90,58 +210,53 @@ def counter_dropout(x: torch.Tensor, keys: torch.Tensor, salt: int, p: float) ->
     return x * keep.to(x.dtype) / (1.0 - p)
 
 
-class StackedLora(nn.Module):
-    """One adapted layer: the frozen layer, plus the factors of whichever adapter each token belongs to."""
-
-    def __init__(self, base: nn.Module, name: str, salt: int, routing: _Routing) -> None:
-        super().__init__()
-        self.base = base
-        self.names, self.salts = (name,), (salt,)
-        self.pairs: list[Factors] = []
-        self._routing = routing
-        routing.layers.append(self)
+class StackedLora(_Adapted):
+    """One adapted layer in the place of transformers' Linear or Conv1D."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.base(x)
         if x.shape[0] != self._routing.num_rows:
-            return self._shared_input(x, out)
-        flat = self._routing.add(out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), self.pairs, self.salts)
-        return flat.view(out.shape)
+            return self._shared_input(x)
+        return self.apply_to(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-    def _shared_input(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _shared_input(self, x: torch.Tensor) -> torch.Tensor:
         """An input that all sequences share (DeBERTa's relative positions, 1 x P x I): one result per adapter.
 
-        The released code's dropout does not reach it: it belongs to no example.
+        Dropout does not reach it: it belongs to no example.
         """
         a_SrI, b_SOr = self.pairs[0]
-        num_adapters = a_SrI.shape[0]
-        delta = x.expand(num_adapters, -1, -1) @ a_SrI.transpose(1, 2) @ b_SOr.transpose(1, 2)
-        return (out + self._routing.scaling * delta).repeat_interleave(self._routing.num_rows // num_adapters, dim=0)
+        delta = x.expand(len(a_SrI), -1, -1) @ a_SrI.transpose(1, 2) @ b_SOr.transpose(1, 2)
+        out = F.linear(x, self.weight, self.bias) + self._routing.scaling * delta
+        return out.repeat_interleave(self._routing.num_rows // len(a_SrI), dim=0)
 
 
-class FusedSelfAttention(nn.Module):
-    """Self-attention of BERT's relatives with query, key and value as one product, and their adapters as another."""
+class FusedSelfAttention(_Adapted):
+    """Self-attention of BERT's relatives with query, key and value as one product."""
 
-    def __init__(self, base: nn.Module, names: tuple[str, ...], salts: tuple[int, ...], routing: _Routing) -> None:
-        super().__init__()
-        layers = [base.query, base.key, base.value]
-        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)  # type: ignore[arg-type, misc]
-        self.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)  # type: ignore[arg-type, misc]
-        self.head_width = int(base.attention_head_size)  # type: ignore[arg-type]
-        self.names, self.salts = names, salts
-        self.pairs: list[Factors] = []
-        self._routing = routing
-        routing.layers.append(self)
+    head_width: int
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
         rows, length, width = hidden_states.shape
-        x = hidden_states.reshape(-1, width)
-        qkv = self._routing.add(F.linear(x, self.weight, self.bias), x, self.pairs, self.salts)
-        query, key, value = qkv.view(rows, length, 3, -1, self.head_width).permute(2, 0, 3, 1, 4)
+        qkv = self.apply_to(hidden_states.reshape(-1, width)).view(rows, length, 3, -1, self.head_width)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return out.transpose(1, 2).reshape(rows, length, width), None
+
+
+def _stacked_lora(base: nn.Module, name: str, salt: int, routing: _Routing) -> StackedLora:
+    weight = base.weight.detach()  # type: ignore[union-attr, operator]
+    if isinstance(base, Conv1D):
+        weight = weight.t().contiguous()  # type: ignore[operator]
+    return StackedLora(weight, base.bias, (name,), salt, routing)  # type: ignore[arg-type]
+
+
+def _fused_attention(base: nn.Module, names: tuple[str, ...], salt: int, routing: _Routing) -> FusedSelfAttention:
+    layers: list[Any] = [base.query, base.key, base.value]
+    weight, bias = (torch.cat([getattr(layer, part).detach() for layer in layers]) for part in ("weight", "bias"))
+    fused = FusedSelfAttention(weight, bias, names, salt, routing)
+    fused.head_width = int(base.attention_head_size)  # type: ignore[arg-type]
+    return fused
 
 
 class StackedClassifier(nn.Module):
@@ -157,7 +272,7 @@ class StackedClassifier(nn.Module):
             name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] in dict(head)
         }
         self.layout = layout
-        self._routing = _Routing(scaling, dropout)
+        self._routing = _Routing(layout, scaling, dropout)
         self.backbone: nn.Module = model.base_model
         self._insert(model)
         if getattr(self.backbone, "pooler", None) is not None:
@@ -166,22 +281,18 @@ class StackedClassifier(nn.Module):
 
     def _insert(self, model: nn.Module) -> None:
         """Put the stacked layers in the places of those that PEFT would adapt."""
-        names = [factor.module for factor in self.layout.factors]
-        salts = {name: number + 1 for number, name in enumerate(names)}
-        for name in names:
+        salts = {factor.module: 1 + number for number, factor in enumerate(self.layout.factors)}
+        for name, salt in salts.items():
             path = name.removeprefix(_PEFT_PREFIX)
             parent, _, child = path.rpartition(".")
             trio = tuple(f"{_PEFT_PREFIX}{parent}.{part}" for part in ("query", "key", "value"))
-            if all(part in salts for part in trio):
-                if child == "query":
-                    owner, _, place = parent.rpartition(".")
-                    fused = FusedSelfAttention(
-                        model.get_submodule(parent), trio, tuple(salts[part] for part in trio), self._routing
-                    )
-                    setattr(model.get_submodule(owner), place, fused)
-            else:
-                layer = StackedLora(model.get_submodule(path), name, salts[name], self._routing)
+            if not all(part in salts for part in trio):
+                layer: nn.Module = _stacked_lora(model.get_submodule(path), name, salt, self._routing)
                 setattr(model.get_submodule(parent), child, layer)
+            elif child == "query":  # PEFT's order: query, key, value, so their salts follow one another
+                owner, _, place = parent.rpartition(".")
+                layer = _fused_attention(model.get_submodule(parent), trio, salt, self._routing)
+                setattr(model.get_submodule(owner), place, layer)
 
     def compile_layers(self) -> None:
         """Compile the base's transformer layers: one program, which serves every layer."""
@@ -200,7 +311,7 @@ class StackedClassifier(nn.Module):
 
     def features(self, w_SK: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """The hidden state that the head reads, S x B x H."""
-        self._routing.set(self.layout.views(w_SK), batch, self.dtype)
+        self._routing.set(w_SK, batch, self.dtype)
         config = self.backbone.config
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if config.model_type != "deberta":
