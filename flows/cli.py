@@ -117,6 +117,32 @@ def run(
     typer.echo(f"report: {report}")
 
 
+@app.command()
+def benchmark(
+    part: Annotated[list[str] | None, typer.Option(help="harvest, harvest_large, scoring, generator, growth; all if not given.")] = None,
+    base_model: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",
+    steps: Annotated[int, typer.Option(min=5, help="Steps per timing of the training loops.")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    root: Root = None,
+    data_dir: DataDir = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+) -> None:
+    """Measure speed on this machine, each figure beside its reference in the same run."""
+    path = prepare(root, offline=base_model == "minilm-l6")
+    check_root(path)
+    server = start_server(path)
+    runtime = RuntimeConfig(device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads)
+    from flows.benchmark import ALL_PARTS, run_benchmarks, table
+
+    if unknown := set(part or ()) - set(ALL_PARTS):
+        raise UserError(f"--part {sorted(unknown)[0]!r}: is unknown; choose among {', '.join(ALL_PARTS)}")
+    if server is not None:
+        server.wait(timeout=120)
+    result = Path(run_benchmarks([p for p in ALL_PARTS if not part or p in part], base_model, steps, runtime=runtime))
+    typer.echo(table(result))
+    typer.echo(f"\nfigures: {result}")
+
+
 def _embedded(name: str) -> bool:
     """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
     if not name.endswith(".json"):

@@ -36,8 +36,7 @@ def fit_head(
 ) -> dict[str, torch.Tensor]:
     """The head's parameters by their names in the classifier, float32 on the CPU."""
     num_classes = task.task.num_classes
-    _, names = cached_classifier(base, num_classes)
-    head = _initial_head(config, base, num_classes, names)
+    head = initial_head(config, base, num_classes)
     if config.kind == "random":
         return head
     texts, labels = tokenize(task, splits, "train", base, max_length)
@@ -49,9 +48,9 @@ def fit_head(
     return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH, labels, task)
 
 
-def _initial_head(config: HeadConfig, base: BaseModel, num_classes: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def initial_head(config: HeadConfig, base: BaseModel, num_classes: int) -> dict[str, torch.Tensor]:
     """transformers' initialisation of a linear layer, from the config's seed: normal of std 0.02, biases zero."""
-    model, _ = cached_classifier(base, num_classes)
+    model, names = cached_classifier(base, num_classes)
     std = float(getattr(model.config, "initializer_range", 0.02))
     generator = torch.Generator().manual_seed(config.seed)
     own = model.state_dict()

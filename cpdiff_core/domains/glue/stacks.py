@@ -88,6 +88,11 @@ def build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Pr
     return _build_stack(base, lora, num_classes, precision, device, bool(runtime.compile) and device.type == "cuda")
 
 
+def forget_stacks() -> None:
+    """Free the stacks kept in memory, for measurements."""
+    _build_stack.cache_clear()
+
+
 @lru_cache(maxsize=2)
 def _build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool) -> Stack:
     family = FAMILIES[base.family]
