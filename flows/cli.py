@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -21,9 +22,15 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
+INTERRUPTED = "interrupted; run the same command again to go on"
+
 ExperimentName = Annotated[str, typer.Argument(help="An experiment's name (see `cpdiff list`) or a .json file.")]
-Root = Annotated[Path | None, typer.Option(help="Where artifacts are kept; default PREFECT_LOCAL_STORAGE_PATH or ~/.cpdiff.")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")]
+Root = Annotated[
+    Path | None, typer.Option(help="Where artifacts are kept; default PREFECT_LOCAL_STORAGE_PATH or ~/.cpdiff.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")
+]
 
 
 def load_experiment(name: str) -> Any:
@@ -37,11 +44,15 @@ def load_experiment(name: str) -> Any:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"experiment file {name!r}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path") from error
+        raise UserError(
+            f"experiment file {name!r}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"experiment file {name!r}: line {error.lineno}: is not JSON ({error.msg})") from error
     if not isinstance(value, dict):
-        raise UserError(f"experiment file {name!r}: must hold one JSON object; `cpdiff show quickstart` prints an example")
+        raise UserError(
+            f"experiment file {name!r}: must hold one JSON object; `cpdiff show quickstart` prints an example"
+        )
     try:
         return ExperimentConfig.model_validate(value)
     except ValidationError as error:
@@ -56,7 +67,10 @@ def first_fault(where: str, error: ValidationError) -> str:
     shown = repr(fault["input"])
     value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
     message = fault["msg"].removeprefix("Value error, ")
-    message = "unknown field; check its name" if fault["type"] == "extra_forbidden" else message
+    if fault["type"] == "extra_forbidden":
+        message = "unknown field; check its name"
+    elif fault["type"] == "union_tag_not_found":
+        message = 'needs "kind"; `cpdiff show quickstart` prints an example'
     more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     return f"{where}: {field}{value}: {message}{more}"
 
@@ -84,7 +98,9 @@ def run(
     root: Root = None,
     data_dir: DataDir = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
-    adapters: Annotated[int | None, typer.Option(min=1, help="Adapters per batch; chosen by memory if not given.")] = None,
+    adapters: Annotated[
+        int | None, typer.Option(min=1, help="Adapters per batch; chosen by memory if not given.")
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="No live progress.")] = False,
 ) -> None:
     """Run an experiment; print its table and the path of its report. What is already there is not computed again."""
@@ -103,23 +119,27 @@ def run(
     resolved = resolve(experiment, data_dir)
     typer.echo(f"base model {resolved.base.name}: {resolved.base.folder}", err=True)
     typer.echo(f"root       {path}", err=True)
-    from flows.pipeline import run_experiment
     from tasks.report import tally
 
     if server is not None:
         server.wait(timeout=120)
-    report = Path(run_experiment(experiment, runtime))
+    else:
+        _check_users_server()
+    report = _run_flow(experiment, runtime)
     counts = tally()
     typer.echo((report.parent / "summary.txt").read_text(encoding="utf-8"))
     typer.echo(
-        f"{counts['computed']} stages computed, {counts['cached']} Cached, in {time.monotonic() - started:.0f} s", err=True
+        f"{counts['computed']} stages computed, {counts['cached']} Cached, in {time.monotonic() - started:.0f} s",
+        err=True,
     )
     typer.echo(f"report: {report}")
 
 
 @app.command()
 def benchmark(
-    part: Annotated[list[str] | None, typer.Option(help="harvest, harvest_large, scoring, generator, growth; all if not given.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="harvest, harvest_large, scoring, generator, growth; all if not given.")
+    ] = None,
     base_model: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",
     steps: Annotated[int, typer.Option(min=5, help="Steps per timing of the training loops.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
@@ -131,7 +151,9 @@ def benchmark(
     path = prepare(root, offline=base_model == "minilm-l6")
     check_root(path)
     server = start_server(path)
-    runtime = RuntimeConfig(device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads)
+    runtime = RuntimeConfig(
+        device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads
+    )
     from flows.benchmark import ALL_PARTS, run_benchmarks, table
 
     if unknown := set(part or ()) - set(ALL_PARTS):
@@ -141,6 +163,38 @@ def benchmark(
     result = Path(run_benchmarks([p for p in ALL_PARTS if not part or p in part], base_model, steps, runtime=runtime))
     typer.echo(table(result))
     typer.echo(f"\nfigures: {result}")
+
+
+def _check_users_server() -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if (fault := client.api_healthcheck()) is not None:
+            raise UserError(
+                f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({fault}); "
+                "start the server, or unset it"
+            )
+
+
+def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
+    """The path of the report. Faults of Prefect itself are the user's to mend: a server that went away, a full disk."""
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    from flows.pipeline import run_experiment
+
+    try:
+        return Path(run_experiment(experiment, runtime))
+    except (httpx.HTTPError, PrefectException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error
+    except KeyboardInterrupt:  # typer itself would end without a word
+        _interrupted(signal.SIGINT)
+
+
+def _interrupted(number: int, frame: object = None) -> NoReturn:
+    typer.echo(INTERRUPTED, err=True)
+    sys.exit(128 + number)
 
 
 def _embedded(name: str) -> bool:
@@ -163,7 +217,9 @@ def _checked_device(device: str) -> str:
     except RuntimeError as error:
         raise UserError(f"--device {device!r}: is no device; use auto, cpu, cuda or cuda:<index>") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device!r}: torch sees no CUDA device here; use cpu, or install a CUDA build of torch")
+        raise UserError(
+            f"--device {device!r}: torch sees no CUDA device here; use cpu, or install a CUDA build of torch"
+        )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     if kind not in ("auto", "cpu", "cuda"):
@@ -174,14 +230,12 @@ def _checked_device(device: str) -> str:
 def main() -> None:
     """Entry point: a user's fault is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupted)
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

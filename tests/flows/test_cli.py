@@ -1,0 +1,191 @@
+"""The command line: what it prints, and one clear line for every fault of the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_child import CommandLine, Outcome
+from tiny import write_jsonl
+
+from cpdiff_core.experiments import EXPERIMENTS, ExperimentConfig
+
+
+@pytest.fixture
+def cli(tmp_path: Path, prefect_server: str) -> CommandLine:
+    return CommandLine(tmp_path, prefect_server)
+
+
+def write(folder: Path, value: Any) -> str:
+    path = folder / "mine.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return str(path)
+
+
+def assert_fault(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2, outcome.stderr
+    assert len(outcome.errors) == 1, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == outcome.errors[0], "nothing comes after it"
+    assert "Traceback" not in outcome.stderr
+    for part in parts:
+        assert part in outcome.errors[0]
+
+
+def test_list_names_every_experiment(cli: CommandLine) -> None:
+    outcome = cli.run("list")
+    assert outcome.code == 0
+    assert [line.split()[0] for line in outcome.stdout.splitlines()] == list(EXPERIMENTS)
+
+
+def test_show_prints_json_that_run_accepts(cli: CommandLine, tmp_path: Path) -> None:
+    outcome = cli.run("show", "quickstart")
+    assert outcome.code == 0
+    assert ExperimentConfig.model_validate_json(outcome.stdout) == EXPERIMENTS["quickstart"]
+    (tmp_path / "copy.json").write_text(outcome.stdout)
+    assert cli.run("show", "copy.json").stdout == outcome.stdout
+
+
+def test_unknown_experiment_names_the_nearest(cli: CommandLine) -> None:
+    assert_fault(cli.run("run", "quikstart"), "'quikstart'", "nearest: quickstart", "cpdiff list")
+    assert_fault(cli.run("show", "glue6/minilm"), "glue6/minilm-r1")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"name": "x",\n "tasks": [}', ("mine.json", "line 2", "is not JSON")),
+        ("[1]", ("must hold one JSON object", "cpdiff show quickstart")),
+        ("\x00\xff", ("mine.json", "is not JSON")),
+        ('{"tasks": []}', ("tasks", "at least 1 item")),
+    ],
+)
+def test_malformed_file_is_named_with_its_line(cli: CommandLine, tmp_path: Path, text: str, parts) -> None:
+    assert_fault(cli.run("run", write(tmp_path, text)), *parts)
+
+
+def test_missing_file_is_named(cli: CommandLine) -> None:
+    assert_fault(cli.run("run", "nowhere.json"), "'nowhere.json'", "No such file", "check the path")
+
+
+def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of an experiment with the field at `path` (dots between names, numbers for places) set."""
+    copy = json.loads(json.dumps(values))
+    at = copy
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parents:
+        at = at[part] if isinstance(part, int) else at.setdefault(part, {})
+    at[last] = value
+    return copy
+
+
+FIELDS = {
+    "unknown field": ("learning_rte", 0.1, ("learning_rte", "unknown field")),
+    "rank 0": ("lora.rank", 0, ("lora.rank", "value 0", "greater than or equal to 1")),
+    "rank as text": ("lora.rank", "one", ("lora.rank", "'one'", "valid integer")),
+    "harvest": ("fine_tune.num_harvest", 9, ("fine_tune", "num_harvest 9", "num_steps is 8", "raise num_steps")),
+    "checkpoints": ("num_checkpoints", 6, ("num_checkpoints 6", "num_harvest 5", "harvest more or use fewer")),
+    "task twice": ("tasks.1.name", "left", ("'left' occurs twice",)),
+    "metric": ("tasks.0.metrics", ["accuracy", "bleu"], ("tasks.0.metrics.1", "'bleu'", "accuracy")),
+    "kind missing": ("autoencoder", {}, ("autoencoder", 'needs "kind"')),
+    "kind unknown": ("condition.kind", "psychic", ("condition", "'psychic'", "one_hot")),
+}
+
+
+@pytest.mark.parametrize("fault", FIELDS)
+def test_wrong_field_is_named_with_its_value(cli: CommandLine, tmp_path: Path, tiny_values, fault: str) -> None:
+    path, value, parts = FIELDS[fault]
+    assert_fault(cli.run("run", write(tmp_path, changed(tiny_values, path, value))), "mine.json", *parts)
+
+
+def test_missing_models_and_data_are_named_in_seconds(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    for name, parts in (
+        ("/no/such/folder", ("base_model.name '/no/such/folder'", "no such folder")),
+        ("bert-base", ("google-bert/bert-base-uncased", "HF_HUB_OFFLINE=1", "minilm-l6")),
+        ("nobody/nothing", ("base_model.name 'nobody/nothing'", "give a local folder")),
+    ):
+        outcome = cli.run("run", write(tmp_path, changed(tiny_values, "base_model.name", name)), "--data-dir", "data")
+        assert_fault(outcome, *parts)
+        assert outcome.seconds < 5
+    assert_fault(cli.run("run", write(tmp_path, tiny_values)), "left-train.jsonl", "does not exist", "--data-dir")
+    hub = changed(tiny_values, "tasks.0.data", {"kind": "hub", "dataset": "nobody/nothing"})
+    assert_fault(
+        cli.run("run", write(tmp_path, hub), "--data-dir", "data"), "dataset 'nobody/nothing'", "--data-dir DIR"
+    )
+
+
+def test_hub_that_cannot_be_reached_is_said_within_seconds(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    """Online as far as the settings go, with a hub address where nobody listens."""
+    hub = write(tmp_path, changed(tiny_values, "base_model.name", "nobody/nothing"))
+    outcome = cli.run("run", hub, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert_fault(outcome, "base_model.name 'nobody/nothing'", "minilm-l6")
+    assert outcome.seconds < 5
+
+
+def test_unusable_root_and_device_are_named(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    file = write(tmp_path, tiny_values)
+    assert_fault(cli.run("run", file, "--root", "/proc/nowhere"), "root '/proc/nowhere'", "--root")
+    assert_fault(cli.run("run", file, "--device", "abacus"), "--device 'abacus'", "use auto, cpu, cuda")
+    assert_fault(cli.run("run", file, "--device", "cuda:99"), "--device 'cuda:99'")
+
+
+def test_bad_label_found_in_the_flow_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    write_jsonl(tmp_path / "data" / "right-train.jsonl", [{"text": "w1", "label": 7}] * 30)
+    outcome = cli.run("run", write(tmp_path, tiny_values), "--data-dir", "data", "--device", "cpu")
+    assert_fault(
+        outcome, "task 'right'", "right-train.jsonl row 0", "label 7 is out of range", "0 to 1 or one of no, yes"
+    )
+
+
+def test_loss_that_is_not_finite_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    wild = changed(tiny_values, "fine_tune", tiny_values["fine_tune"] | {"learning_rate": 1e9, "max_grad_norm": 1e9})
+    wild = changed(wild, "fine_tune.num_steps", 40)
+    outcome = cli.run("run", write(tmp_path, wild), "--data-dir", "data", "--device", "cpu")
+    assert_fault(outcome, "is not finite at step", "lower fine_tune.learning_rate (now 1e+09)")
+
+
+def test_altered_and_truncated_artifacts_name_the_stage(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    command = ("run", write(tmp_path, tiny_values), "--data-dir", "data", "--device", "cpu")
+    assert cli.run(*command).code == 0
+    shutil.rmtree(tmp_path / "root" / "report")
+    file = next((tmp_path / "root" / "score_report").glob("*/outputs.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\x00\x00\x80\x3f")
+    assert_fault(
+        cli.run(*command), "outputs.safetensors", "truncated or altered", "stage 'score_report' will be recomputed"
+    )
+    file.write_bytes(whole[:100])
+    assert_fault(cli.run(*command), "truncated or altered", str(file.parent))
+    shutil.rmtree(file.parent)
+    outcome = cli.run(*command)
+    assert outcome.code == 0, "the remedy helps"
+    assert "2 stages computed, 21 Cached" in outcome.stderr
+
+
+def test_server_that_does_not_answer_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    file = write(tmp_path, tiny_values)
+    outcome = cli.run("run", file, "--data-dir", "data", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert_fault(outcome, "PREFECT_API_URL 'http://127.0.0.1:9/api/'", "start the server, or unset it")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_says_how_to_go_on(cli: CommandLine, tmp_path: Path, tiny_values, sent: signal.Signals) -> None:
+    long = changed(tiny_values, "fine_tune.num_steps", 100_000)
+    process = cli.start("run", write(tmp_path, long), "--data-dir", "data", "--device", "cpu")
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "root").glob(".locks/harvest_checkpoints*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.pid is not None
+    os.kill(process.pid, sent)
+    process.join(60)
+    outcome = cli.outcome(process)
+    assert outcome.code == 128 + sent, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert "Traceback" not in outcome.stderr
