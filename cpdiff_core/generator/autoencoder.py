@@ -33,8 +33,10 @@ class ConvAutoencoderConfig(Config):
     """The 1-D CNN autoencoder of Eq. 6-7."""
 
     kind: Literal["conv"] = "conv"
-    channels: int = Field(64, ge=1, description="Latent channels C (ours: holds 16 components for each of 6 tasks).")
-    length: int = Field(32, ge=1, description="Latent length L: the vector is cut into so many slices (ours).")
+    channels: int = Field(
+        32, ge=1, description="Latent channels C (ours: 16 components inside tasks and the means of up to 17 tasks)."
+    )
+    length: int = Field(16, ge=1, description="Latent length L: the vector is cut into so many slices (ours).")
     num_blocks: int = Field(1, ge=0, description="Residual convolution blocks on either side (ours).")
     latent_noise_std: float = Field(0.001, ge=0, description="Noise on the latent (paper 0.001; released code 0.1).")
     input_noise_std: float = Field(0.0, ge=0, description="Noise on the input (paper none; released code 0.001).")
@@ -42,7 +44,7 @@ class ConvAutoencoderConfig(Config):
         600_000_000, ge=1, description="C shrinks so that the slices' maps, 2 K C numbers, stay below this (ours)."
     )
     training: TrainingConfig = Field(
-        TrainingConfig(steps=500, batch_size=64, learning_rate=3e-4), description="Optimisation (ours)."
+        TrainingConfig(steps=300, batch_size=64, learning_rate=1e-4), description="Optimisation (ours)."
     )
 
 
@@ -50,7 +52,7 @@ class IdentityAutoencoderConfig(Config):
     """No autoencoder: diffusion on the vector itself, reshaped to C x L and standardised."""
 
     kind: Literal["identity"] = "identity"
-    length: int = Field(32, ge=1, description="Length L of the reshaped vector; C is K / L rounded up (ours).")
+    length: int = Field(16, ge=1, description="Length L of the reshaped vector; C is K / L rounded up (ours).")
 
 
 AutoencoderConfig = Annotated[ConvAutoencoderConfig | IdentityAutoencoderConfig, Field(discriminator="kind")]
@@ -222,7 +224,7 @@ def _start_from_components(model: ParameterAutoencoder, w_VK: torch.Tensor, task
     vector, so that a channel means the same at every position: a convolution presumes that, and without it the
     diffusion model draws every slice by itself and loses how slices move together.
     """
-    rows = _at_most_per_task(task_V, total=1024)
+    rows = _at_most_per_task(task_V, total=600)  # the cost of the components grows with its cube
     x_VLP = torch.cat([model._slices(part.to(model.scale.device)) for part in w_VK[rows].split(_ROWS)])
     _, group_V = task_V[rows].to(x_VLP.device).unique(return_inverse=True)
     common_VC = _common_scores(x_VLP, group_V, model.channels)

@@ -45,7 +45,7 @@ class DiffusionConfig(Config):
     )
     unet: UNetConfig = Field(UNetConfig(), description="The network.")
     training: TrainingConfig = Field(
-        TrainingConfig(steps=4000, batch_size=128, learning_rate=1e-3, ema_decay=0.999),
+        TrainingConfig(steps=4000, batch_size=256, learning_rate=2e-3, ema_decay=0.999),
         description="Optimisation (ours: AdamW, cosine, EMA).",
     )
 

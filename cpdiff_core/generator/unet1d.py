@@ -21,7 +21,7 @@ class UNetConfig(Config):
     """Size of the U-Net (ours: the paper states none)."""
 
     width: int = Field(128, ge=8, multiple_of=8, description="Channels at full length (ours).")
-    multipliers: tuple[int, ...] = Field((1, 2, 2), min_length=1, description="Width per level; each halves L (ours).")
+    multipliers: tuple[int, ...] = Field((1, 1, 1), min_length=1, description="Width per level; each halves L (ours).")
     blocks_per_level: int = Field(1, ge=1, description="Residual blocks per level on either side (ours).")
     time_width: int = Field(128, ge=8, multiple_of=2, description="Width of the sinusoidal time embedding (ours).")
 

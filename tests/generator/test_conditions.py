@@ -127,7 +127,9 @@ def test_conditions_are_chosen_by_kind() -> None:
     adapter = TypeAdapter(ConditionConfig)
     for kind in ("one_hot", "learned", "task_info", "few_shot", "task_info_few_shot"):
         assert adapter.validate_python({"kind": kind}).kind == kind
-    assert adapter.validate_python({"kind": "task_info", "encoder": {"kind": "clip"}}).encoder == ClipTextEncoder()
+    assert adapter.validate_python({"kind": "task_info", "encoder": {"kind": "clip"}}) == TaskInfoCondition(
+        encoder=ClipTextEncoder()
+    )
     with pytest.raises(ValueError, match=r"kind"):
         adapter.validate_python({"kind": "prose"})
 

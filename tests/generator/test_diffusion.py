@@ -169,6 +169,21 @@ def test_killed_training_ends_bit_identical(tmp_path: Path, monkeypatch: pytest.
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a GPU")
+@pytest.mark.parametrize("compiled", [None, True])
+def test_captured_training_equals_eager_training(compiled: bool | None) -> None:
+    z_VCL, task_V, y_QPE = two_tasks()
+    fits = [
+        fit_diffusion(quick(steps=120, condition_dropout=0.1), OneHotCondition(), z_VCL, task_V, y_QPE, seed=0,
+                      device="cuda", runtime=RuntimeConfig(progress=False, compile=compile))
+        for compile in (False, compiled)
+    ]  # fmt: skip
+    (eager, eager_losses), (captured, captured_losses) = fits
+    torch.testing.assert_close(captured_losses, eager_losses, atol=1e-3, rtol=1e-2)
+    for name, tensor in eager.state_dict().items():
+        torch.testing.assert_close(captured.state_dict()[name], tensor, atol=5e-3, rtol=5e-2)
+
+
 def test_saved_model_samples_bit_identically(fitted: dict[str, LatentDiffusion], tmp_path: Path) -> None:
     fitted["epsilon"].save(tmp_path)
     seal(tmp_path)

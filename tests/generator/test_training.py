@@ -1,5 +1,6 @@
 """The training loop against torch's own optimiser and average, and its promise about interrupted runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def problem() -> tuple[nn.Module, object, object]:
+def problem() -> tuple[nn.Linear, Callable[..., torch.Tensor], Callable[[torch.Generator], tuple[torch.Tensor, ...]]]:
     torch.manual_seed(0)
     model = nn.Linear(6, 1)
 
@@ -41,9 +42,9 @@ def run(config: TrainingConfig, seed: int = 0, resume: ResumeState | None = None
         calls += 1
         if calls == dies_at:
             raise Killed
-        return draw(generator)  # type: ignore[operator,no-any-return]
+        return draw(generator)
 
-    losses = train("linear", model, loss_of, counted, config, seed=seed, device=CPU, runtime=RUNTIME, resume=resume)  # type: ignore[arg-type]
+    losses = train("linear", model, loss_of, counted, config, seed=seed, device=CPU, runtime=RUNTIME, resume=resume)
     return model.weight.detach().clone(), losses, calls
 
 
@@ -53,17 +54,17 @@ def test_one_step_equals_plain_adamw() -> None:
     model, loss_of, draw = problem()
 
     def spy(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        seen.append(draw(generator))  # type: ignore[operator]
-        return seen[-1]  # type: ignore[no-any-return]
+        seen.append(draw(generator))
+        return seen[-1]
 
-    train("linear", model, loss_of, spy, config, seed=3, device=CPU, runtime=RUNTIME)  # type: ignore[arg-type]
+    train("linear", model, loss_of, spy, config, seed=3, device=CPU, runtime=RUNTIME)
     expected, _, _ = problem()
     optimizer = torch.optim.AdamW(expected.parameters(), lr=0.1, weight_decay=0.1)
     x_BI, target_B1 = seen[0]
     (expected(x_BI) - target_B1).square().mean().backward()
     nn.utils.clip_grad_norm_(expected.parameters(), config.max_grad_norm)
     optimizer.step()
-    torch.testing.assert_close(model.weight, expected.weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(model.weight, expected.weight)
 
 
 def test_average_equals_the_bias_corrected_mean_of_the_weights_after_each_step() -> None:
