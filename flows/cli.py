@@ -14,6 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
+from flows import cache
 from tasks.environment import check_root, prepare
 from tasks.server import start_server
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     help="Generate LoRA weights from a description of the task, and learn what they are worth.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+app.add_typer(cache.app, name="cache")
 
 INTERRUPTED = "interrupted; run the same command again to go on"
 
@@ -120,7 +123,9 @@ def run(
     typer.echo(f"base model {resolved.base.name}: {resolved.base.folder}", err=True)
     typer.echo(f"root       {path}", err=True)
     from tasks.report import tally
+    from tasks.stage import clean
 
+    clean(path)
     if server is not None:
         server.wait(timeout=120)
     else:

@@ -4,6 +4,9 @@ Prefect's transactions ask a lock manager for the key of the stage that they com
 kernel lock (flock) on a file under `<root>/.locks`: when the holder is killed, even with SIGKILL, the kernel lets
 go. (Prefect's own file lock stays behind in that case and blocks the key for ever.) `hold` takes several of the
 same locks at once, for a pass that trains many stages' members together.
+
+`mark_used` and `to_remove` keep apart those who use an artifact and those who remove one: every process keeps a shared
+lock on one byte of `<root>/.locks/in-use` for each artifact that it has asked for, until it ends.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from cpdiff_core.config import UserError
 from tasks.environment import disk_fault, root
@@ -26,12 +31,18 @@ _open_files: set[int] = set()  # of all locks held by this process, so that a fo
 _open_files_guard = threading.Lock()
 _in_this_thread = threading.local()  # .keys: the keys that `hold` has taken in this thread
 
+# Record locks (fcntl) end when *any* descriptor of the file is closed by the process, so each root's file is opened
+# once and never closed. A forked child has the descriptor and none of the locks.
+_in_use: dict[Path, int] = {}
+_marked: set[tuple[Path, str]] = set()
+
 
 def _let_go_in_child() -> None:
     """A forked child shares the open files and would keep the locks of a killed parent alive."""
     for file in _open_files:
         os.close(file)
     _open_files.clear()
+    _marked.clear()
     _open_files_guard.release()
 
 
@@ -85,24 +96,75 @@ def _poll(condition: Callable[[], bool], timeout: float | None) -> bool:
     return True
 
 
+def mark_used(key: str) -> None:
+    """Keep the artifact of `key` from being removed while this process lives. Waits while it is being removed."""
+    path = root()
+    if (path, key) in _marked:
+        return
+    fcntl.lockf(_in_use_file(path), fcntl.LOCK_SH, 1, _place(key))
+    _marked.add((path, key))
+
+
+@contextmanager
+def to_remove(key: str) -> Iterator[bool]:
+    """Gives whether the artifact of `key` may be removed inside: no other process has asked for it and none computes
+    it. Until the end those who ask for it wait."""
+    path, place = root(), _place(key)
+    file = _in_use_file(path)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError:
+        yield False
+        return
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold([key], timeout=0))
+            except TimeoutError:
+                yield False
+            else:
+                yield True
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_SH if (path, key) in _marked else fcntl.LOCK_UN, 1, place)
+
+
+def _in_use_file(path: Path) -> int:
+    with _open_files_guard:
+        if path not in _in_use:
+            try:
+                (path / ".locks").mkdir(parents=True, exist_ok=True)
+                _in_use[path] = os.open(path / ".locks" / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise disk_fault(error) or error from error
+        return _in_use[path]
+
+
+def _place(key: str) -> int:
+    """The byte of the file that stands for `key`; the file itself stays empty."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
 class FlockManager:
     """The locks that Prefect's transactions use (prefect.locking.protocol.LockManager).
 
     The folder is `<root>/.locks` with the root of the moment, so a process may work in two roots. `holder` is
     Prefect's name for one transaction. `hold_timeout` is ignored: a holder keeps its lock until it is done or dead.
+    `on_acquired` is called with the key under its lock, before Prefect looks for a record.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_acquired: Callable[[str], None] | None = None) -> None:
+        self._on_acquired = on_acquired
         self._files: dict[tuple[str, str], int] = {}  # (key, holder) -> locked file
 
-    def __reduce__(self) -> tuple[type[FlockManager], tuple[()]]:
-        return FlockManager, ()  # workers elsewhere get a manager of their own, without our open files
+    def __reduce__(self) -> tuple[type[FlockManager], tuple[Callable[[str], None] | None]]:
+        return FlockManager, (self._on_acquired,)  # workers elsewhere get one of their own, without our files
 
     def acquire_lock(
         self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
     ) -> bool:
         if key in getattr(_in_this_thread, "keys", ()):
             raise RuntimeError(f"{key} is held by this thread; leave `hold` before its stage is called")
+        mark_used(key)
 
         def acquired() -> bool:
             if self.is_lock_holder(key, holder):
@@ -113,7 +175,11 @@ class FlockManager:
             self._files[key, holder] = file
             return True
 
-        return _poll(acquired, acquire_timeout)
+        if not _poll(acquired, acquire_timeout):
+            return False
+        if self._on_acquired is not None:
+            self._on_acquired(key)
+        return True
 
     def release_lock(self, key: str, holder: str) -> None:
         """Raises ValueError if `holder` does not hold the lock of `key`."""

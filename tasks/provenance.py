@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import platform
 import resource
 import subprocess
@@ -57,6 +59,18 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def signed(provenance: dict[str, Any]) -> dict[str, Any]:
+    """With a digest of itself: the manifest has none of it, because it differs between equal results."""
+    return provenance | {"sha256": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()}
+
+
+def is_intact(provenance: Any) -> bool:
+    """Whether what was read is what `signed` gave."""
+    if not isinstance(provenance, dict):
+        return False
+    return signed({key: value for key, value in provenance.items() if key != "sha256"}) == provenance
 
 
 class Meter:

@@ -40,13 +40,13 @@ from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
 from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
 from tasks.environment import disk_fault, root
 from tasks.locks import FlockManager, hold
-from tasks.provenance import Meter
+from tasks.provenance import Meter, signed
+from tasks.record import RECORD, cache_key, is_sound
 from tasks.report import stage_ended
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact, default=Artifact)
 
-RECORD = "result.json"
 NOT_IN_KEY = ("out", "runtime", "resume")
 SCRATCH_PREFIX = ".building-"
 
@@ -60,6 +60,7 @@ class Stage(Task[P, A]):
 
     body: Callable[..., None]
     identify: Callable[[Mapping[str, Any]], A]
+    returns: type[A]
     stage_version: int
     sources: tuple[Any, ...]
 
@@ -138,12 +139,15 @@ def stage(
             run,
             name=name,
             task_run_name=run_name,  # type: ignore[arg-type]  # Prefect's protocol asks for more than it uses
-            cache_policy=policy.configure(isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=FlockManager()),
+            cache_policy=policy.configure(
+                isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=FlockManager(drop_unsound)
+            ),
             persist_result=True,
             result_serializer="json",  # nothing is ever unpickled
             **options,
         )
-        made.body, made.identify, made.stage_version, made.sources = body, identify, version, tuple(sources)
+        made.body, made.identify, made.returns = body, identify, returns
+        made.stage_version, made.sources = version, tuple(sources)
         known = STAGES.setdefault(name, made)
         if (known.body.__module__, known.body.__qualname__) != (body.__module__, body.__qualname__):
             raise ValueError(f"stage name {name!r}: is taken by {known.body.__module__}.{known.body.__qualname__}")
@@ -158,18 +162,20 @@ def folder(artifact: Artifact) -> Path:
     return artifact.under(root())
 
 
-def cache_key(artifact: Artifact) -> str:
-    """The key of `artifact` in Prefect's result storage and in `tasks.locks.hold`."""
-    return f"{artifact.stage}/{artifact.fingerprint}/{RECORD}"
-
-
 def is_done(artifact: Artifact) -> bool:
-    """Whether Prefect would take `artifact` from the cache: its record exists and can be read."""
+    """Whether `artifact` is a hit: its record exists and is one that we write."""
     try:
-        ResultRecord.deserialize((folder(artifact) / RECORD).read_bytes())
-    except Exception:  # Prefect too takes any fault for a miss
+        return is_sound((folder(artifact) / RECORD).read_bytes(), artifact)
+    except OSError:
         return False
-    return True
+
+
+def drop_unsound(key: str) -> None:
+    """Remove the record under `key` if it is not one that we write. To be called under the key's lock."""
+    name, digits, _ = key.split("/")
+    artifact = STAGES[name].returns(stage=name, fingerprint=digits)
+    if (record := folder(artifact) / RECORD).is_file() and not is_done(artifact):
+        record.unlink()
 
 
 def resume_state(artifact: Artifact, runtime: RuntimeConfig) -> ResumeState:
@@ -211,7 +217,7 @@ def _build(target: Path, write: Callable[[Path], None], config: Any, runtime: Ru
         write(out)
         write_json(out / "config.json", config)
         seal(out)
-        write_json(out / "provenance.json", meter.provenance())  # after the seal: it differs from run to run
+        write_json(out / "provenance.json", signed(meter.provenance()))  # after the seal: it differs from run to run
         if target.exists():  # a refresh, or a process that died before the record was written
             # Moved away whole: deleting it file by file could leave its record, and so a hit, behind.
             os.rename(target, Path(scratch, "replaced"))

@@ -157,6 +157,12 @@ def run_number(value: int) -> None:
     number(Number(value=value))
 
 
+def run_number_and_stay(value: int) -> None:
+    number(Number(value=value))
+    log("stays")
+    time.sleep(60)
+
+
 def run_slow(seconds: float) -> None:
     slow(seconds)
     log(f"had {load(slow.artifact(seconds))}")
