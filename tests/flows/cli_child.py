@@ -26,6 +26,21 @@ def child(arguments: list[str], folder: Path, environment: dict[str, str]) -> No
     main()
 
 
+def flow_child(values: dict[str, Any], folder: Path, environment: dict[str, str], runtime: dict[str, Any]) -> None:
+    """`run_experiment` itself, with a RuntimeConfig that the command line does not offer."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    from cpdiff_core.config import RuntimeConfig
+    from cpdiff_core.experiments import ExperimentConfig
+    from tasks.environment import prepare
+
+    prepare()
+    from flows.pipeline import run_experiment
+
+    run_experiment(ExperimentConfig.model_validate(values), RuntimeConfig.model_validate(runtime))
+
+
 @dataclass
 class Outcome:
     code: int | None
@@ -54,6 +69,13 @@ class CommandLine:
     def start(self, *arguments: str, **variables: str) -> BaseProcess:
         environment = self.environment | variables
         process: BaseProcess = self._context.Process(target=child, args=(list(arguments), self.folder, environment))
+        process.start()
+        return process
+
+    def start_flow(self, values: dict[str, Any], **runtime: Any) -> BaseProcess:
+        process: BaseProcess = self._context.Process(
+            target=flow_child, args=(values, self.folder, self.environment, runtime)
+        )
         process.start()
         return process
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_child import CommandLine
 from tiny import save_model, sentences, write_jsonl
 
 from cpdiff_core.config import RuntimeConfig
@@ -55,7 +55,9 @@ def tiny_values(tmp_path: Path, tiny_bert: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-Make = Callable[..., ExperimentConfig]
+@pytest.fixture
+def cli(tmp_path: Path, prefect_server: str) -> CommandLine:
+    return CommandLine(tmp_path, prefect_server)
 
 
 @pytest.fixture
