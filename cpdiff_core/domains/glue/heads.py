@@ -22,6 +22,7 @@ from cpdiff_core.domains.base_models import BaseModel, cached_classifier
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig, tokenize
 from cpdiff_core.domains.glue.stacks import build_stack, features_of
 from cpdiff_core.lora.layout import LoraSpec
+from cpdiff_core.lora.packing import TokenizedTexts
 
 
 class HeadConfig(Config):
@@ -43,6 +44,16 @@ def fit_head(
     if config.max_examples is not None:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(texts))[: config.max_examples])
         texts, labels = texts.take(torch.from_numpy(rows)), labels[rows]
+    return fit_probe(config, base, task, texts, labels, runtime)
+
+
+def fit_probe(
+    config: HeadConfig, base: BaseModel, task: ResolvedTask, texts: TokenizedTexts, labels: NDArray[np.float64],
+    runtime: RuntimeConfig,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """A head of `task` fitted on these texts alone, as the frozen base sees them."""
+    num_classes = task.task.num_classes
+    head = initial_head(config, base, num_classes)
     stack = build_stack(base, LoraSpec(), num_classes, "fp32", runtime)
     features_BH = features_of(stack, texts, f"head {task.name}", runtime)
     return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH, labels, task)
