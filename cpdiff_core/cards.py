@@ -71,9 +71,7 @@ class ArmScore(Config):
     @classmethod
     def of(cls, task: TextTask, arm: str, predictions: NDArray[np.float64], labels_B: NDArray[np.float64]) -> ArmScore:
         """By the task's first metric. predictions: [B] of one vector, or [V, B], whose scores are averaged."""
-        score = resample(
-            arm, task.name, [predictions], labels_B, name=task.primary_metric, task_metrics=task.metrics
-        )
+        score = resample(arm, task.name, [predictions], labels_B, name=task.primary_metric, task_metrics=task.metrics)
         return cls(arm=arm, metric=score.keys[0].metric, **score.interval.model_dump())
 
 

@@ -35,8 +35,8 @@ def bundle_experiment(
     config = experiment.for_seed(0)
     if config.blocks is not None:
         raise UserError(
-            f"experiment {config.name!r}: blocks is set and only a part of an adapter is generated; bundle an experiment "
-            "that generates whole adapters"
+            f"experiment {config.name!r}: blocks is set, so only a part of an adapter is generated; bundle an "
+            "experiment that generates whole adapters"
         )
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
     heads = fit_heads(resolved, runtime)

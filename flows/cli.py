@@ -14,7 +14,8 @@ import typer
 from pydantic import ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
-from flows import cache
+from flows import cache, generator_commands
+from flows.options import DataDir, ExperimentName, Root
 from tasks.environment import check_root, prepare
 from tasks.server import start_server
 
@@ -24,16 +25,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(cache.app, name="cache")
+generator_commands.register(app)
 
 INTERRUPTED = "interrupted; run the same command again to go on"
-
-ExperimentName = Annotated[str, typer.Argument(help="An experiment's name (see `cpdiff list`) or a .json file.")]
-Root = Annotated[
-    Path | None, typer.Option(help="Where artifacts are kept; default PREFECT_LOCAL_STORAGE_PATH or ~/.cpdiff.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")
-]
 
 
 def load_experiment(name: str) -> Any:
@@ -108,12 +102,12 @@ def run(
 ) -> None:
     """Run an experiment; print its table and the path of its report. What is already there is not computed again."""
     started = time.monotonic()
-    path = prepare(root, offline=_embedded(name))
+    path = prepare(root, offline=embedded(name))
     check_root(path)
     server = start_server(path)  # before the imports below, which take as long as the server needs
     experiment = load_experiment(name)
     runtime = RuntimeConfig(
-        device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
+        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
         adapters_per_batch=adapters, progress=not quiet,
     )  # fmt: skip
     from cpdiff_core.experiments import resolve
@@ -157,7 +151,7 @@ def benchmark(
     check_root(path)
     server = start_server(path)
     runtime = RuntimeConfig(
-        device=_checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads
+        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads
     )
     from flows.benchmark import ALL_PARTS, run_benchmarks, table
 
@@ -202,7 +196,7 @@ def _interrupted(number: int, frame: object = None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _embedded(name: str) -> bool:
+def embedded(name: str) -> bool:
     """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
     if not name.endswith(".json"):
         return name.startswith("quickstart")
@@ -214,7 +208,7 @@ def _embedded(name: str) -> bool:
         return False  # whatever is wrong is reported when the file is read in earnest
 
 
-def _checked_device(device: str) -> str:
+def checked_device(device: str) -> str:
     import torch
 
     try:

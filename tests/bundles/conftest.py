@@ -65,7 +65,6 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Bu
     from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
     from flows.bundles import bundle_experiment
-    from tasks.stage import folder
 
     path = tmp_path_factory.mktemp("bundled")
     experiment = ExperimentConfig.model_validate(tiny_values(save_model(path / "bert"), path / "data"))

@@ -41,7 +41,7 @@ def test_card_tells_scores_of_every_candidate_and_names_no_path(bundled) -> None
 def test_compact_generator_is_smaller_and_nearly_the_same(bundled, tmp_path: Path) -> None:
     copy_generator(bundled.folder, tmp_path / "small", compact=True)
     small, full = Generator.load(tmp_path / "small"), Generator.load(bundled.folder)
-    sizes = [sum(p.stat().st_size for p in folder.glob("*o*.safetensors")) for folder in (tmp_path / "small", bundled.folder)]
+    sizes = [(folder / "diffusion.safetensors").stat().st_size for folder in (tmp_path / "small", bundled.folder)]
     assert sizes[0] < 0.6 * sizes[1]
     a, b = (generator.generate("left", num=3).w_MK for generator in (small, full))
     assert 0 < (a - b).norm() < 0.01 * b.norm()
@@ -54,8 +54,9 @@ def test_condition_known_by_description_by_name_or_unseen(bundled) -> None:
     by_name, by_text = generator.condition(task="left"), generator.condition("  the task LEFT. ")
     assert by_text.task == "left"
     assert torch.equal(by_name.y_1E, by_text.y_1E)
-    own = generator.condition(task="left", examples=["w1 fine -> yes", "w2 cold -> no"])
-    assert own.text == build_prompt(generator.card.condition.encoder, "The task left.", ["w1 fine -> yes", "w2 cold -> no"])
+    examples = ["w1 fine -> yes", "w2 cold -> no"]
+    own = generator.condition(task="left", examples=examples)
+    assert own.text == build_prompt(generator.card.condition.encoder, "The task left.", examples)
     assert own.task == "left"
     unseen = generator.condition("Say whether it rains.", ["wet -> yes", "dry -> no"])
     assert unseen.task is None
@@ -100,14 +101,13 @@ def test_faults_of_a_folder_are_each_one_clear_error(bundled, tmp_path: Path) ->
         copy_generator(bundled.folder, tmp_path / name)
         return tmp_path / name
 
-    key = "unet.into.weight"
     state = load_file(bundled.folder / "diffusion.safetensors")
     key = next(name for name in state if name.endswith("weight"))
     missing = damaged(fresh("missing"), "diffusion.safetensors", lambda tensors: tensors.pop(key))
     with pytest.raises(UserError, match=f"missing .*{key}"):
         Generator.load(missing)
     extra = damaged(fresh("extra"), "autoencoder.safetensors", lambda t: t.update(stray=torch.zeros(2)))
-    with pytest.raises(UserError, match="unexpected .*stray"):
+    with pytest.raises(UserError, match=r"unexpected .*stray"):
         Generator.load(extra)
     truncated = fresh("truncated")
     data = (truncated / "heads.safetensors").read_bytes()
@@ -116,10 +116,10 @@ def test_faults_of_a_folder_are_each_one_clear_error(bundled, tmp_path: Path) ->
         Generator.load(truncated)
     rank = fresh("rank")
     card = json.loads((rank / "generator.json").read_text())
-    card["lora"]["rank"] = 2
+    card["lora"]["rank"] = 3
     (rank / "generator.json").write_text(json.dumps(card))
     seal_generator(rank)
-    with pytest.raises(UserError, match="rank 2"):
+    with pytest.raises(UserError, match="rank 3"):
         Generator.load(rank)
     with pytest.raises(UserError, match=r"generator\.json"):
         Generator.load(tmp_path)

@@ -1,0 +1,119 @@
+"""Commands that use what was generated: generate, export-generator, import-zoo, export-zoo.
+
+Nothing heavy is imported before a command runs. A generator in a folder needs no Prefect; an experiment's generator
+is bundled first by a flow, whose stages are cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpdiff_core.config import RuntimeConfig, UserError
+from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
+
+GeneratorName = Annotated[
+    str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json) that has been run.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write to; must be empty.")]
+
+
+def generate(
+    generator: GeneratorName,
+    out: Out,
+    task_info: Annotated[str | None, typer.Option(help="The task in words.")] = None,
+    example: Annotated[list[str] | None, typer.Option(help="An example, 'text -> answer'; may be repeated.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task that the generator knows, by name.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Candidates.")] = 20,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; the generator's own if not given.")] = None,
+    select: Annotated[str | None, typer.Option(help="CSV, JSON lines or Parquet file to choose on.")] = None,
+    few: Annotated[str | None, typer.Option(help="A few labelled examples of a task never seen.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Class names of a task never seen: a,b,c.")] = None,
+    regression: Annotated[bool, typer.Option(help="The task never seen is a regression.")] = False,
+    text_columns: Annotated[str | None, typer.Option(help="Text column, or two: a,b.")] = None,
+    label_column: Annotated[str, typer.Option(help="Column with the answers.")] = "label",
+    merge: Annotated[bool, typer.Option(help="Also write the base with the chosen adapter merged in.")] = False,
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base model.")] = None,
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Adapters for a described task: PEFT folders with model cards, chosen and compared where there is data."""
+    runtime = _runtime(device, data_dir, threads, quiet)
+    folder = _folder_of(generator, runtime, root)
+    from cpdiff_core.bundle import Generator
+    from cpdiff_core.delivery import AdapterRequest, deliver
+    from cpdiff_core.domains.glue.stacks import device_of
+
+    request = AdapterRequest(
+        task_info=task_info, examples=tuple(example or ()), task=task, num=num, seed=seed, select=select, few=few,
+        labels=_split(labels), regression=regression, text_columns=_split(text_columns), label_column=label_column,
+        merge=merge, base=base,
+    )  # fmt: skip
+    for line in deliver(Generator.load(folder, device_of(runtime)), request, out, generator, runtime):
+        typer.echo(line)
+
+
+def export_generator(
+    experiment: ExperimentName, out: Out,
+    compact: Annotated[bool, typer.Option(help="Half precision, without the encoder: a third of the size.")] = False,
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write an experiment's generator as a folder that works on any machine, without the training data."""
+    folder = _folder_of(experiment, _runtime(device, data_dir, threads, quiet), root)
+    from cpdiff_core.bundle import copy_generator
+
+    copy_generator(Path(folder), out, compact)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    typer.echo(f"generator: {out} ({size / 1e6:.1f} MB); use it with `cpdiff generate {out} ...`")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+    app.command("export-generator")(export_generator)
+
+
+def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str:
+    """A generator's folder: given as such, or bundled from an experiment."""
+    if generator.startswith("builtin/") or (Path(generator) / "generator.json").is_file():
+        return generator
+    if Path(generator).is_dir():
+        raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
+
+    def bundle(experiment: Any) -> str:
+        from flows.bundles import bundle_experiment
+
+        return bundle_experiment(experiment, runtime)
+
+    return with_experiment(generator, root, bundle)
+
+
+def with_experiment(name: str, root: Path | None, use: Callable[[Any], str]) -> str:
+    """Prepare root and server, as `cpdiff run` does, and call `use` with the experiment."""
+    from flows.cli import embedded, load_experiment
+    from tasks.environment import check_root, prepare
+    from tasks.server import start_server
+
+    path = prepare(root, offline=embedded(name))
+    check_root(path)
+    server = start_server(path)
+    experiment = load_experiment(name)
+    if server is not None:
+        server.wait(timeout=120)
+    return use(experiment)
+
+
+def _runtime(device: str, data_dir: Path | None, threads: int | None, quiet: bool) -> RuntimeConfig:
+    from flows.cli import checked_device
+
+    return RuntimeConfig(
+        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
+        progress=not quiet,
+    )  # fmt: skip
+
+
+def _split(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",")) if text else None

@@ -1,0 +1,19 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ExperimentName = Annotated[str, typer.Argument(help="An experiment's name (see `cpdiff list`) or a .json file.")]
+Root = Annotated[
+    Path | None, typer.Option(help="Where artifacts are kept; default PREFECT_LOCAL_STORAGE_PATH or ~/.cpdiff.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+Quiet = Annotated[bool, typer.Option(help="No live progress.")]
