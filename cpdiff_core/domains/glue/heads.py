@@ -56,7 +56,7 @@ def fit_probe(
     head = initial_head(config, base, num_classes)
     stack = build_stack(base, LoraSpec(), num_classes, "fp32", runtime)
     features_BH = features_of(stack, texts, f"head {task.name}", runtime)
-    return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH, labels, task)
+    return _fit(config, stack.model.apply_head, head, stack.model.own_head, features_BH.to(stack.device), labels, task)
 
 
 def initial_head(config: HeadConfig, base: BaseModel, num_classes: int) -> dict[str, torch.Tensor]:
@@ -79,9 +79,9 @@ def _fit(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Minimise the task's loss over all examples by L-BFGS in double precision: convex where the head is one layer."""
     features = features_BH.double()[None]
-    target = torch.from_numpy(labels)
-    fixed = {name: value.double()[None].cpu() for name, value in own.items() if name not in head}
-    free = {name: value.double()[None].requires_grad_() for name, value in head.items()}
+    target = torch.from_numpy(labels).to(features.device)
+    fixed = {name: value.to(features)[None] for name, value in own.items() if name not in head}
+    free = {name: value.to(features)[None].requires_grad_() for name, value in head.items()}
     if task.task.labels is None:  # start regression at the mean, so that the norm is spent on the slope
         last = [name for name in free if name.endswith("bias")]
         with torch.no_grad():
@@ -103,4 +103,4 @@ def _fit(
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return {name: value.detach()[0].float() for name, value in free.items()}
+    return {name: value.detach()[0].float().cpu() for name, value in free.items()}
