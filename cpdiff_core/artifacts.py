@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cpdiff_core.config import Config, UserError
+from cpdiff_core.progress import is_cancelled
 
 MANIFEST = "manifest.json"
 
@@ -121,8 +122,9 @@ class ResumeState:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether `every_seconds` have passed since the last save (or since this object was made)."""
-        return time.monotonic() - self._last >= self.every_seconds
+        """Whether `every_seconds` have passed since the last save (or since this object was made), or the loop around
+        has been asked to stop."""
+        return is_cancelled() or time.monotonic() - self._last >= self.every_seconds
 
     def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
 from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
 from tasks.environment import disk_fault, root
 from tasks.locks import FlockManager, hold
+from tasks.observe import watched
 from tasks.provenance import Meter, signed
 from tasks.record import RECORD, cache_key, is_sound
 from tasks.report import stage_ended
@@ -119,7 +120,8 @@ def stage(
             extra: dict[str, Any] = {"resume": resume_state(result, runtime)} if "resume" in declared.parameters else {}
             config = {"stage": name, "version": version, "inputs": canonical(_inputs(bound.arguments))}
             try:
-                _build(folder(result), lambda out: body(out, *bound.args, **bound.kwargs, **extra), config, runtime)
+                with watched(result):
+                    _build(folder(result), lambda out: body(out, *bound.args, **bound.kwargs, **extra), config, runtime)
             except Exception as error:
                 if (fault := disk_fault(error)) is not None:
                     raise fault from error
@@ -184,8 +186,8 @@ def resume_state(artifact: Artifact, runtime: RuntimeConfig) -> ResumeState:
 
 
 def clean(path: Path, older_than_seconds: float = 86400.0) -> list[Path]:
-    """Remove what nobody reads below the root `path`, and return it: the scratch folders of killed processes and the
-    records that Prefect keeps of exceptions (files of 32 hex digits)."""
+    """Remove what nobody reads below the root `path`, and return it: the scratch folders of killed processes, the
+    records that Prefect keeps of exceptions (files of 32 hex digits) and the live losses of stages that have ended."""
     old = time.time() - older_than_seconds
     removed = []
     for scratch in path.glob(f"*/{SCRATCH_PREFIX}*"):
@@ -195,7 +197,7 @@ def clean(path: Path, older_than_seconds: float = 86400.0) -> list[Path]:
             if scratch.stat().st_mtime < old:
                 shutil.rmtree(scratch)
                 removed.append(scratch)
-    for record in path.glob("[0-9a-f]" * 32):
+    for record in [*path.glob("[0-9a-f]" * 32), *path.glob(".live/*/*.csv")]:
         with suppress(OSError):
             if record.is_file() and record.stat().st_mtime < old:
                 record.unlink()

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from prefect import flow
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, verify, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.progress import track
 from tasks.locks import hold
 from tasks.stage import GIVEN, folder, is_done, root, stage
 
@@ -119,6 +121,32 @@ def walk(out: Path, num_steps: int, *, runtime: RuntimeConfig, resume: ResumeSta
     save(out, float(ballast[0]))
 
 
+@stage("march")
+def march(out: Path, num_steps: int, *, runtime: RuntimeConfig = DEFAULT_RUNTIME, resume: ResumeState = GIVEN) -> None:
+    """A loop as the training loops are: it shows its progress and saves its state when that is due."""
+    state = resume.load()
+    step = state[1]["step"] if state else 0
+    log(f"march from {step}")
+    with track("march", num_steps, runtime, done=step) as progress:
+        while step < num_steps:
+            time.sleep(0.02)
+            step += 1
+            progress.step(loss=1.0 / step)
+            if resume.due():
+                resume.save({"step": torch.tensor(step)}, {"step": step})
+    save(out, step)
+
+
+@flow(persist_result=False)
+def march_in_flow(num_steps: int, submitted: bool) -> None:
+    log(f"flow run {flow_run.id}")
+    runtime = RuntimeConfig(resume_seconds=1e6, progress=False)
+    if submitted:
+        march.submit(num_steps, runtime=runtime).result()
+    else:
+        march(num_steps, runtime=runtime)
+
+
 @stage("flaky", retries=2)
 def flaky(out: Path, failures: int, kind: str) -> None:
     log("flaky")
@@ -161,6 +189,10 @@ def run_number_and_stay(value: int) -> None:
     number(Number(value=value))
     log("stays")
     time.sleep(60)
+
+
+def run_march(num_steps: int, submitted: bool) -> None:
+    march_in_flow(num_steps, submitted)
 
 
 def run_slow(seconds: float) -> None:

@@ -1,0 +1,128 @@
+"""What is seen of a stage while it runs, and how it is stopped from outside.
+
+While a loop of a stage runs, its losses are appended to `<root>/.live/<stage>/<fingerprint>.csv`, a progress artifact
+shows in the Prefect UI how far it is, and once a second the server is asked whether the flow run has been cancelled.
+That works wherever the body runs: called directly, in a thread, or in a Dask worker on another host.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.context import FlowRunContext, TaskRunContext
+
+from cpdiff_core.artifacts import Artifact
+from cpdiff_core.progress import Cancelled, observed
+from tasks.environment import root
+
+SHOWN_SECONDS = 5.0
+SIGNAL_SECONDS = 30.0
+
+
+def live_losses(artifact: Artifact) -> Path:
+    """Where the losses of a running stage are written as they come: seconds, loop, step, of, loss."""
+    return root() / ".live" / artifact.stage / f"{artifact.fingerprint}.csv"
+
+
+@contextmanager
+def watched(artifact: Artifact) -> Iterator[None]:
+    """Loops inside show their progress as that of `artifact`, and stop when their flow run is cancelled."""
+    watch = _Watch(artifact)
+    try:
+        with observed(watch):
+            yield
+    except Cancelled:
+        _await_signal()
+        raise
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """The observer of one stage. Nothing is opened before the first second of a loop has passed."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._file = live_losses(artifact)
+        self._flow_runs = _flow_runs()
+        self._client: SyncPrefectClient | None = None
+        self._start = self._shown = time.monotonic()
+        self._progress: dict[str, UUID] = {}
+
+    def __call__(self, stage: str, done: int, total: int, loss: float | None) -> bool:
+        self._write(stage, done, total, loss)
+        if not self._flow_runs:
+            return True
+        now = time.monotonic()
+        with suppress(Exception):  # a server that does not answer for a while must not end the computation
+            if now - self._shown >= SHOWN_SECONDS:
+                self._shown = now
+                self._show(stage, done, total)
+            return self._goes_on()
+        return True
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.__exit__(None, None, None)
+
+    def _write(self, stage: str, done: int, total: int, loss: float | None) -> None:
+        with suppress(OSError):  # seen, not kept: a full disk is reported by what must be kept
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file)
+                if file.tell() == 0:
+                    rows.writerow(("seconds", "loop", "step", "of", "loss"))
+                rows.writerow(
+                    (f"{time.monotonic() - self._start:.1f}", stage, done, total, "" if loss is None else loss)
+                )
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        percent = 100.0 * done / max(total, 1)
+        if stage in self._progress:
+            update_progress_artifact(self._progress[stage], progress=percent)
+        else:
+            made: Any = create_progress_artifact(
+                progress=percent,
+                key=f"{self._artifact.stage.replace('_', '-')}-{self._artifact.fingerprint}",
+                description=f"{stage}; losses as they come: `{self._file}`",
+            )
+            self._progress[stage] = made
+
+    def _goes_on(self) -> bool:
+        if self._client is None:
+            self._client = get_client(sync_client=True)
+            self._client.__enter__()
+        for flow_run in self._flow_runs:
+            state = self._client.read_flow_run(flow_run).state
+            if state is not None and (state.is_cancelling() or state.is_final()):
+                return False
+        return True
+
+
+def _await_signal() -> None:
+    """A process worker sends SIGTERM to the flow run's process, and only the
+    run that ends by it is Cancelled for Prefect; so the main thread waits for it, with its state saved and no work."""
+    if threading.current_thread() is threading.main_thread() and "PREFECT__FLOW_RUN_ID" in os.environ:
+        time.sleep(SIGNAL_SECONDS)
+
+
+def _flow_runs() -> set[UUID]:
+    """The flow run around, and the one that a worker started this process for."""
+    found: set[UUID] = set()
+    if (task := TaskRunContext.get()) is not None and task.task_run.flow_run_id is not None:
+        found.add(task.task_run.flow_run_id)
+    if (flow := FlowRunContext.get()) is not None and flow.flow_run is not None:
+        found.add(flow.flow_run.id)
+    with suppress(KeyError, ValueError):
+        found.add(UUID(os.environ["PREFECT__FLOW_RUN_ID"]))
+    return found

@@ -1,0 +1,66 @@
+"""Runs that are watched and cancelled through the server, as from the UI."""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.states import Cancelling
+from toy_stages import load, logged, march, march_in_flow, run_march
+
+from cpdiff_core.config import RuntimeConfig
+from tasks import observe
+from tasks.observe import live_losses
+from tasks.stage import is_done, resume_state
+
+STEPS = 250
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("submitted", [False, True], ids=["direct", "submitted"])
+def test_cancelled_run_stops_in_seconds_and_goes_on_where_it_stopped(
+    artifact_root: Path, start, submitted: bool
+) -> None:
+    process = start(run_march, STEPS, submitted)
+    wait_for(lambda: "march from 0" in logged(artifact_root))
+    identifier = re.search(r"flow run (\S+)", "\n".join(logged(artifact_root)))
+    assert identifier is not None
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(identifier[1], Cancelling(), force=True)
+    process.join(15)
+    assert process.exitcode not in (0, None)
+    assert not is_done(march.artifact(STEPS))
+
+    state = resume_state(march.artifact(STEPS), RuntimeConfig()).load()
+    assert state is not None
+    assert 0 < state[1]["step"] < STEPS
+    with live_losses(march.artifact(STEPS)).open() as file:
+        losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert losses
+    assert all(loss == 1.0 / step for step, loss in losses.items())
+
+    march_in_flow(STEPS, submitted)
+    assert load(march.artifact(STEPS)) == float(STEPS)
+    assert f"march from {state[1]['step']}" in logged(artifact_root)
+
+
+def test_progress_is_an_artifact_in_the_ui(artifact_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "SHOWN_SECONDS", 0.5)
+    march_in_flow(STEPS // 2, False)
+    key = f"march-{march.artifact(STEPS // 2).fingerprint}"
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    assert [item.type for item in found] == ["progress"]
+    assert 0 < float(found[0].data) < 100
