@@ -32,6 +32,7 @@ from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
 from cpdiff_core.reports.page import ReportInputs, write_report
 from tasks.locks import hold
+from tasks.observe import watched
 from tasks.stage import cache_key, folder, is_done, resume_state, root, stage
 
 HEAD_FILE = "head.safetensors"
@@ -101,8 +102,11 @@ def _harvest_group(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: R
         configs = [members[i][0] for i in missing]
         tuning = FineTuning(configs, [read_tensors(folder(members[i][1]), HEAD_FILE) for i in missing], runtime)
         name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
-        group = resume_state(Artifact(stage="harvest_group", fingerprint=_short(name)), runtime)
-        for i, harvest in zip(missing, tuning.run(runtime, group), strict=True):
+        together = Artifact(stage="harvest_group", fingerprint=_short(name))
+        group = resume_state(together, runtime)
+        with watched(together):
+            harvests = tuning.run(runtime, group)
+        for i, harvest in zip(missing, harvests, strict=True):
             resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True})
         group.discard()
 
