@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import Config, RuntimeConfig
+from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import BaseModel
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig
 from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest, FineTuning, HarvestConfig, group_key
@@ -17,7 +17,7 @@ from cpdiff_core.domains.glue.heads import fit_head as compute_head
 from cpdiff_core.domains.glue.prompts import task_conditions
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, SelectionArtifact, score_vectors
-from cpdiff_core.experiments import ExperimentConfig
+from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.generator.autoencoder import (
     AutoencoderConfig,
     ParameterAutoencoder,
@@ -30,21 +30,13 @@ from cpdiff_core.generator.diffusion import DiffusionConfig, LatentDiffusion, Sa
 from cpdiff_core.generator.diffusion import fit_diffusion as compute_diffusion
 from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
-from cpdiff_core.reports.page import ReportInputs, write_report
+from cpdiff_core.reports.inputs import Generator, ReportInputs
+from cpdiff_core.reports.page import write_report
 from tasks.locks import hold
 from tasks.observe import watched
 from tasks.stage import cache_key, folder, is_done, resume_state, root, stage
 
 HEAD_FILE = "head.safetensors"
-
-
-class Generator(Config):
-    """The fitted generator's parts, each an artifact."""
-
-    normalizer: Artifact
-    autoencoder: Artifact
-    conditions: Artifact
-    diffusion: Artifact
 
 
 @stage("fit_head", label=lambda task: task.name)
@@ -149,12 +141,15 @@ def fit_autoencoder(
     model, losses = compute_autoencoder(config, w_VK, task_V, seed=seed, device=device, runtime=runtime, resume=resume)
     model.save(out)
     write_tensors(out / "losses.safetensors", {"losses": losses})
-    reconstruction_VK = model.decode(model.encode(w_VK.to(device))).cpu()
+    w_VK, task_V = w_VK.to(device), task_V.to(device)
+    reconstruction_VK = model.decode(model.encode(w_VK))
     write_json(
         out / "quality.json",
         {
             "within_task_variance_explained": within_task_variance_explained(w_VK, reconstruction_VK, task_V),
             "pca16_within_task_variance_explained": pca_within_task_variance_explained(w_VK, task_V, 16),
+            "latent_numbers": model.channels * model.length,
+            "vector_numbers": w_VK.shape[1],
         },
     )
 

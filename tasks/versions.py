@@ -14,9 +14,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
+import pkgutil
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -82,8 +82,9 @@ def complaints(recorded: Mapping[str, Entry], present: Mapping[str, Entry]) -> l
 
 def registered() -> dict[str, Stage[..., Any]]:
     """The product's stages."""
-    if importlib.util.find_spec("tasks.stages") is not None:
-        importlib.import_module("tasks.stages")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name.endswith("stages"):
+            importlib.import_module(f"tasks.{module.name}")
     return {name: stage for name, stage in STAGES.items() if stage.body.__module__.split(".")[0] == "tasks"}
 
 

@@ -37,7 +37,7 @@ class SelectionArtifact(Artifact):
 class ReportArtifact(Artifact):
     """Scores on validation."""
 
-    stage: Literal["score_report"] = "score_report"
+    stage: Literal["score_report", "score_report_full"] = "score_report"
 
 
 class ScoringConfig(Config):
@@ -71,6 +71,13 @@ def score_vectors(
     w_VK = vectors.load(root, stack.layout.num_parameters)
     label = f"score {task.name} {vectors.kind} on {split}"
     logits_VBC = logits_of(stack, w_VK, head, task.num_classes, texts, label, runtime)
+    write_scores(out, task, split, logits_VBC, labels)
+
+
+def write_scores(
+    out: Path, task: TextTask, split: Literal["selection", "report"], logits_VBC: torch.Tensor, labels: NDArray[np.float64]
+) -> None:
+    """Write the outputs of V vectors on one split, and every metric of each."""
     metrics = compute_metrics(task.metrics, predictions_of(task, logits_VBC), labels)
     write_tensors(out / OUTPUT_FILE, {"logits_VBC": logits_VBC, "labels_B": torch.from_numpy(labels)})
     scores = {

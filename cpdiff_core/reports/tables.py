@@ -1,100 +1,141 @@
-"""The results table: arms in columns, tasks and their average in rows, a 95 % interval in every cell.
+"""The results table: arms against tasks and their average, a 95 % interval in every cell.
 
 Intervals and differences come from `evaluation.bootstrap`: paired on the same validation examples, one metric per
-row, the average resampled task by task.
+task, the average resampled task by task, several seeds pooled on the same resamples with their spread shown apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from cpdiff_core.artifacts import Artifact
-from cpdiff_core.config import Config
+from cpdiff_core.artifacts import read_json, read_tensors, write_json, write_tensors
 from cpdiff_core.domains.glue.data import ResolvedTask
-from cpdiff_core.evaluation.bootstrap import ResampledScore, average_over_tasks, resample
-from cpdiff_core.evaluation.scores import ReportArtifact, load_predictions, load_report_scores
-from cpdiff_core.evaluation.selection import oracle
+from cpdiff_core.evaluation.arms import ScoredArm, arm_predictions
+from cpdiff_core.evaluation.bootstrap import ResampledScore, TaskKey, average_over_tasks, claim, resample
+from cpdiff_core.reports.inputs import ReportInputs
 
 AVERAGE = "average"
-ARMS = ("no-LoRA", "original (oracle)", "original (selected)", "model soup", "generated")
-
-
-class TaskArms(Config):
-    """One task of one experiment: the scores of every arm on validation, and the rows chosen on the selection split."""
-
-    task: ResolvedTask
-    head: Artifact
-    num_checkpoints: int
-    chosen_original: int
-    chosen_candidate: int
-    no_lora: ReportArtifact
-    original: ReportArtifact
-    soup: ReportArtifact
-    generated: ReportArtifact
-
-
+_WIDE = 6
 Results = dict[str, dict[str, ResampledScore]]
-"""task (or `average`) -> arm -> score."""
+"""task (or `average`) -> arm -> score, pooled over seeds."""
 
 
-def collect(arms: Sequence[TaskArms], root: Path) -> Results:
+def pooled_score(name: str, task: ResolvedTask, arms: Sequence[ScoredArm], root: Path) -> ResampledScore:
+    """One arm of one task on the task's table metric: one item of `arms` per seed."""
+    text_task = task.task
+    outputs = [arm_predictions(arm, root, text_task) for arm in arms]
+    return resample(
+        name, task.name, [predictions for predictions, _ in outputs], outputs[0][1], name=text_task.primary_metric,
+        task_metrics=text_task.metrics,
+    )  # fmt: skip
+
+
+def collect(inputs: ReportInputs, root: Path) -> Results:
     """Every cell of the table, with the average over tasks as a last row."""
     results: Results = {}
-    for entry in arms:
-        task = entry.task.task
-        rows = {
-            "no-LoRA": (entry.no_lora, 0),
-            "original (oracle)": (entry.original, oracle(load_report_scores(entry.original, root, task))),
-            "original (selected)": (entry.original, entry.chosen_original),
-            "model soup": (entry.soup, 0),
-            "generated": (entry.generated, entry.chosen_candidate),
+    for entries in zip(*(seed.arms for seed in inputs.seeds), strict=True):
+        task = entries[0].task
+        results[task.name] = {
+            arm.name: pooled_score(arm.name, task, [entry.arm(arm.name) for entry in entries], root)
+            for arm in entries[0].arms
         }
-        results[task.name] = {}
-        for arm, (artifact, row) in rows.items():
-            predictions_VB, labels_B = load_predictions(artifact.under(root), task)
-            results[task.name][arm] = resample(
-                arm, task.name, [predictions_VB[row]], labels_B, name=task.primary_metric, task_metrics=task.metrics
-            )
-    results[AVERAGE] = {arm: average_over_tasks([results[entry.task.name][arm] for entry in arms]) for arm in ARMS}
+    return with_average(results)
+
+
+def with_average(results: Results) -> Results:
+    arms = next(iter(results.values()))
+    return results | {AVERAGE: {arm: average_over_tasks([row[arm] for row in results.values()]) for arm in arms}}
+
+
+def save_results(out: Path, results: Mapping[str, Mapping[str, ResampledScore]]) -> None:
+    """Write every score with its resamples, so that other tables can take differences without scoring anew."""
+    tensors: dict[str, torch.Tensor] = {}
+    keys: list[tuple[str, str, list[list[str]]]] = []
+    for task, row in results.items():
+        for arm, score in row.items():
+            tensors[f"{task}|{arm}|per_seed"] = torch.from_numpy(score.per_seed)
+            tensors[f"{task}|{arm}|resampled"] = torch.from_numpy(score.resampled)
+            keys.append((task, arm, [[key.task, key.metric, key.examples] for key in score.keys]))
+    write_tensors(out / "scores.safetensors", tensors)
+    write_json(out / "scores.json", keys)
+
+
+def load_results(folder: Path) -> Results:
+    """What `save_results` wrote in a sealed artifact."""
+    tensors = read_tensors(folder, "scores.safetensors")
+    results: Results = {}
+    for task, arm, keys in read_json(folder, "scores.json"):
+        results.setdefault(task, {})[arm] = ResampledScore(
+            arm=arm, keys=tuple(TaskKey(*key) for key in keys), per_seed=tensors[f"{task}|{arm}|per_seed"].numpy(),
+            resampled=tensors[f"{task}|{arm}|resampled"].numpy(),
+        )  # fmt: skip
     return results
 
 
 def metric_of(score: ResampledScore) -> str:
     """The metric's name as a cell prints it; an average over tasks names no single one."""
     names = {key.metric for key in score.keys}
-    return names.pop() if len(score.keys) == 1 else "mean of the rows above"
+    return names.pop() if len(score.keys) == 1 else "mean of the tasks' metrics"
 
 
 def results_frame(results: Results) -> pd.DataFrame:
-    """The table in long form: task, arm, metric, estimate, low, high, all in points."""
+    """The table in long form, in points: task, arm, metric, estimate, low, high, standard deviation over seeds."""
     return pd.DataFrame(
         [
-            {"task": task, "arm": arm, "metric": metric_of(score), **score.interval.model_dump()}
+            {"task": task, "arm": arm, "metric": metric_of(score)} | score.interval.model_dump()
+            | {"num_seeds": len(score.per_seed), "seed_std": score.seed_std}
             for task, row in results.items()
             for arm, score in row.items()
         ]
-    )
+    )  # fmt: skip
+
+
+def compared_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Which arms the report subtracts: like with like, a chosen vector from a chosen one, an ensemble from an ensemble."""
+    singles = [arm for arm in arms if "generated" not in arm and "ensemble" not in arm]
+    pairs = [("generated", arm) for arm in singles if "generated" in arms]
+    pairs += [("generated (mean)", arm) for arm in singles if "generated (mean)" in arms and "original" not in arm]
+    if {"generated (ensemble)", "checkpoints (ensemble)"} <= set(arms):
+        pairs.append(("generated (ensemble)", "checkpoints (ensemble)"))
+    return pairs
 
 
 def differences_frame(results: Results) -> pd.DataFrame:
-    """generated minus every other arm, paired on the same examples, in points."""
-    return pd.DataFrame(
-        [
-            {"task": task, "difference": f"generated - {arm}", **(row["generated"] - row[arm]).interval.model_dump()}
-            for task, row in results.items()
-            for arm in ARMS[:-1]
-        ]
-    )
+    """Paired differences on the same examples, in points, with what the seeds say.
+
+    claim: holds, ties or fails for "the first is better": it needs an interval over examples and one over seeds.
+    """
+    rows = []
+    for task, row in results.items():
+        for first, second in compared_pairs(list(row)):
+            difference = row[first] - row[second]
+            seeds = difference.seed_interval
+            rows.append(
+                {"task": task, "difference": f"{first} - {second}"} | difference.interval.model_dump()
+                | {"seed_std": difference.seed_std, "seed_low": seeds and seeds.low, "seed_high": seeds and seeds.high}
+                | {"claim": claim(difference) if seeds else "one seed"}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def text_table(results: Results) -> str:
-    """The table for a terminal; each cell `score [low, high]`, each row with its metric's name."""
-    rows = [["task", "metric", *ARMS]]
+    """The table for a terminal; each cell `score [low, high]`. Many arms stand in rows, few in columns."""
+    arms = list(next(iter(results.values())))
+    rows = [["task", "metric", *arms]]
     for task, row in results.items():
-        rows.append([task, metric_of(row["generated"]), *(str(row[arm].interval) for arm in ARMS)])
+        rows.append([task, metric_of(row[arms[0]]), *(str(row[arm].interval) for arm in arms)])
+    if len(arms) > _WIDE:
+        return _ruled([list(column) for column in zip(*rows, strict=True)], head=2, foot=0)
+    return _ruled(rows, head=1, foot=1)
+
+
+def _ruled(rows: list[list[str]], head: int, foot: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1]])
+    rule = "-" * max(map(len, lines))
+    end = len(lines) - foot
+    return "\n".join([*lines[:head], rule, *lines[head:end], *([rule] if foot else []), *lines[end:]])

@@ -1,0 +1,204 @@
+"""The figures of Sec. 4.4 and score against novelty (METHOD.md section 4), as PNG and SVG.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker or a line style of its
+own too, so that the figures survive a black-and-white printer.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpdiff_core.artifacts import read_json, read_tensors
+from cpdiff_core.domains.glue.metrics import metric
+from cpdiff_core.evaluation.arms import arm_predictions
+from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
+from cpdiff_core.generator.probing import Trajectory
+from cpdiff_core.reports.audit_section import TaskAudit
+from cpdiff_core.reports.inputs import ReportInputs
+from cpdiff_core.reports.tables import Results, metric_of
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+
+
+def draw_figures(out: Path, inputs: ReportInputs, results: Results, audits: dict[str, TaskAudit], root: Path) -> list[tuple[str, str]]:
+    """Write every figure that the experiment has data for. Returns (file name without ending, caption) of each."""
+    if not audits:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+            "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "cpdiff", "figure.dpi": 100, "savefig.dpi": 130,
+        }
+    )  # fmt: skip
+    drawn = [
+        ("novelty", _novelty(audits, results), "Score against novelty: mean score of 20 vectors with its 95 % interval, over "
+         "their median distance to the nearest training vector on dW, in units of the training vectors' own median distance "
+         "to each other. Left of 1 are copies. Hollow: a trivial generator that does not reach the generated distance."),
+        ("similarity", _similarity(inputs, root), "Similarity against performance (Sec. 4.4), first seed: each vector's "
+         "largest wrong-prediction IoU with a scored training checkpoint other than itself, and its score. STS-B counts "
+         "|error| > 0.5 as wrong."),
+    ]  # fmt: skip
+    first = inputs.seeds[0]
+    if first.geometry is not None:
+        drawn.append(
+            ("tsne", _tsne(read_tensors(first.geometry.under(root), "tsne.safetensors")), "t-SNE of training (hollow) and "
+             "generated (filled) vectors of the first seed. Distances in such a plot mean little; the table of dispersion "
+             "and separation has them.")
+        )  # fmt: skip
+    if first.trajectory is not None:
+        found = Trajectory.model_validate(read_json(first.trajectory.under(root), "trajectory.json"))
+        nearest = {task: audit.audits[0].novelty.factors.training_median for task, audit in audits.items()}
+        drawn.append(
+            ("trajectory", _trajectory(found, nearest), "Sampling trajectories of the first seed: median distance (raw "
+             "factors) of the decoded x_t to the nearest training vector, t from 1000 to 0. Dotted: the training vectors' "
+             "own median distance to each other.")
+        )  # fmt: skip
+    for name, figure, _ in drawn:
+        figure.savefig(out / f"{name}.png", bbox_inches="tight")
+        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+    return [(name, caption) for name, _, caption in drawn]
+
+
+def _panels(names: list[str], width: float = 3.3, height: float = 2.7) -> tuple[Any, list[Any]]:
+    """A figure with one small panel per name, three in a row."""
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, names, strict=False):
+        axis.set_title(name, fontsize=10, loc="left")
+    figure.set_layout_engine("tight")
+    return figure, axes
+
+
+def _shared_legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=min(4, len(labels)), bbox_to_anchor=(0.5, -0.1), fontsize=8)
+
+
+def _novelty(audits: dict[str, TaskAudit], results: Results) -> Any:
+    figure, axes = _panels(list(audits))
+    for axis, (task, audit) in zip(axes, audits.items(), strict=False):
+        unit = [one.novelty.copy_distance or 1.0 for one in audit.audits]
+
+        def place(distances: list[float], unit: list[float] = unit) -> float:
+            return float(np.mean([distance / scale for distance, scale in zip(distances, unit, strict=True)]))
+
+        for i, (family, found) in enumerate(audit.matched.items()):
+            score = audit.trivial[f"{family} (mean)"].interval
+            x = place([match.median_distance for match in found])
+            face = COLOURS[(i + 1) % 7] if family in audit.reached else "none"
+            _point(axis, x, score, family, COLOURS[(i + 1) % 7], MARKERS[(i + 1) % 7], face)
+        x = place([one.novelty.product.generated_median for one in audit.audits])
+        _point(axis, x, results[task]["generated (mean)"].interval, "generated", COLOURS[0], "*", COLOURS[0], size=11)
+        axis.axvline(1.0, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("distance to training (1: typical of training)")
+        axis.set_ylabel(_short(metric_of(results[task]["generated (mean)"])))
+    _shared_legend(figure, axes[0])
+    return figure
+
+
+def _point(axis: Any, x: float, score: Any, label: str, colour: str, marker: str, face: str, size: float = 6) -> None:
+    axis.errorbar(
+        [x], [score.estimate], yerr=[[score.estimate - score.low], [score.high - score.estimate]], fmt=marker, color=colour,
+        markerfacecolor=face, markersize=size, linewidth=1, label=label,
+    )  # fmt: skip
+
+
+def _similarity(inputs: ReportInputs, root: Path) -> Any:
+    entries = inputs.seeds[0].arms
+    figure, axes = _panels([entry.task.name for entry in entries])
+    for axis, entry in zip(axes, entries, strict=False):
+        task = entry.task.task
+        every = entry.arm("original (selected)").model_copy(update={"rows": (), "use": "mean"})
+        trained, labels = _all_predictions(every, root, task)
+        wrong_training = wrong_predictions(trained, labels, task.labels is None)
+        own = wrong_iou(wrong_training, wrong_training) - 2.0 * np.eye(len(wrong_training))
+        groups: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {"training checkpoints": (own.max(1), trained)}
+        assert entry.audit is not None
+        generated, _ = arm_predictions(entry.arm("generated (mean)"), root, task)
+        groups["generated"] = (_max_iou(generated, labels, wrong_training, task.labels is None), generated)
+        for arm in entry.audit.trivial_arms[::2]:
+            predicted, _ = arm_predictions(arm, root, task)
+            groups[arm.name.removesuffix(" (mean)")] = (
+                _max_iou(predicted, labels, wrong_training, task.labels is None), predicted,
+            )  # fmt: skip
+        order = ["training checkpoints", *[name for name in groups if name not in ("training checkpoints", "generated")], "generated"]
+        for name in order:
+            similarity, predicted = groups[name]
+            i = list(groups).index(name)
+            scores = metric(task.primary_metric, predicted, labels, task.metrics)
+            hollow = name == "training checkpoints"
+            axis.scatter(
+                similarity, scores, s=22, marker=MARKERS[i % 7], label=name, linewidths=0.9, alpha=0.75,
+                facecolors="none" if hollow else COLOURS[i % 7], edgecolors="0.35" if hollow else COLOURS[i % 7],
+            )  # fmt: skip
+        axis.set_xlabel("largest wrong-prediction IoU")
+        axis.set_ylabel(_short(task.primary_metric))
+    _shared_legend(figure, axes[0])
+    return figure
+
+
+def _all_predictions(arm: Any, root: Path, task: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    from cpdiff_core.evaluation.scores import load_predictions
+
+    return load_predictions(arm.scores.under(root), task)
+
+
+def _max_iou(predicted: NDArray[Any], labels: NDArray[Any], wrong_training: NDArray[Any], regression: bool) -> NDArray[Any]:
+    return np.asarray(wrong_iou(wrong_predictions(predicted, labels, regression), wrong_training).max(1))
+
+
+def _tsne(plane: dict[str, Any]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 5))
+    tasks = list(dict.fromkeys(name.split("/")[0] for name in plane))
+    for i, task in enumerate(tasks):
+        colour, marker = COLOURS[i % 7], MARKERS[i % 7]
+        x = plane[f"{task}/training"].numpy()
+        axis.scatter(x[:, 0], x[:, 1], s=26, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.8)
+        x = plane[f"{task}/generated"].numpy()
+        axis.scatter(x[:, 0], x[:, 1], s=26, marker=marker, color=colour, label=task)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _trajectory(found: Trajectory, nearest: dict[str, float | None]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for i, (task, distances) in enumerate(found.distance.items()):
+        colour = COLOURS[i % 7]
+        axis.plot(found.steps, distances, color=colour, linestyle=_STYLES[i % 6], label=task)
+        if nearest.get(task):
+            axis.axhline(nearest[task], color=colour, linewidth=0.7, linestyle=":")
+    axis.set_yscale("log")
+    axis.invert_xaxis()
+    axis.set_xlabel("t (noise at the left, samples at the right)")
+    axis.set_ylabel("distance to the nearest training vector")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _short(name: str) -> str:
+    return name.split(" (")[0].replace("_", " ")
