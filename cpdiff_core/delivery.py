@@ -102,8 +102,8 @@ def _known(
     assert condition.task is not None
     if request.few or request.labels or request.regression:
         raise UserError(
-            f"--few, --labels, --regression: the generator knows {condition.task!r} and its head; use --select to choose "
-            "on your data"
+            f"--few, --labels, --regression: the generator knows {condition.task!r} and its head; use --select to "
+            "choose on your data"
         )
     if not request.select:
         return None, generator.heads.get(condition.task)

@@ -58,6 +58,7 @@ class Bundled:
     data: Path
     candidates: dict[str, Path]
     scores: dict[str, Path]
+    runtime: RuntimeConfig
 
 
 @pytest.fixture(scope="session")
@@ -80,4 +81,4 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Bu
         if inputs["vectors"]["kind"] == "candidates":
             scores[inputs["config"]["task"]["task"]["name"]] = config.parent
     base = resolve_base_model(BaseModelConfig(name=str(path / "bert")))
-    return Bundled(made, base, experiment, path / "root", path / "data", candidates, scores)
+    return Bundled(made, base, experiment, path / "root", path / "data", candidates, scores, RUNTIME)
