@@ -27,7 +27,7 @@ class _VectorScores(Config):
     """One score per vector of one artifact, on one metric of one task."""
 
     task: str
-    metric: MetricName
+    metric: MetricName | Literal["negative KID", "negative Fréchet distance"]
     vectors: str = Field(description="The artifact whose rows are scored, as stage/fingerprint.")
     scores: tuple[ScoreValue, ...] = Field(
         min_length=1, description="Points, higher is better, in the artifact's order. None: predictions not finite."

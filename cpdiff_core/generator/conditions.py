@@ -87,8 +87,21 @@ class TaskInfoFewShotCondition(_FewShotCondition):
     kind: Literal["task_info_few_shot"] = "task_info_few_shot"
 
 
+class StyleImageCondition(Config):
+    """Features of one image of the style by a frozen image encoder (Sec. 4.2); `domains/style` makes them."""
+
+    kind: Literal["style_image"] = "style_image"
+    width: int = Field(64, ge=1, description="Width D of the trained projection (ours).")
+    num_images: int = Field(64, ge=1, description="Most training images per style, each a condition of its own (ours).")
+
+
 ConditionConfig = Annotated[
-    OneHotCondition | LearnedCondition | TaskInfoCondition | FewShotCondition | TaskInfoFewShotCondition,
+    OneHotCondition
+    | LearnedCondition
+    | TaskInfoCondition
+    | FewShotCondition
+    | TaskInfoFewShotCondition
+    | StyleImageCondition,
     Field(discriminator="kind"),
 ]
 
@@ -158,7 +171,7 @@ class ConditionProjection(nn.Module):
         self.linear: nn.Module = nn.Identity()
         if not isinstance(condition, OneHotCondition):
             self.linear = nn.Linear(raw_width, condition.width, bias=False)
-        self.standardised = isinstance(condition, _TextCondition)
+        self.standardised = isinstance(condition, _TextCondition | StyleImageCondition)
         self.register_buffer("center_E", torch.zeros(raw_width))
         self.register_buffer("scale", torch.ones(()))
 

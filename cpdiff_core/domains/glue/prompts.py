@@ -20,6 +20,7 @@ from cpdiff_core.generator.conditions import (
     FewShotCondition,
     LearnedCondition,
     OneHotCondition,
+    StyleImageCondition,
     TaskInfoCondition,
     TaskInfoFewShotCondition,
     build_prompt,
@@ -67,6 +68,8 @@ def task_conditions(
     if isinstance(condition, OneHotCondition | LearnedCondition):
         y_QPE = one_hot_conditions(len(tasks))
         return y_QPE, y_QPE[:, 0], TaskConditions()
+    if isinstance(condition, StyleImageCondition):
+        raise UserError("condition.kind 'style_image': is for styles; text tasks take task_info, few_shot or one_hot")
     training: list[tuple[str, ...]] = []
     generation: list[str] = []
     for task in tasks:
