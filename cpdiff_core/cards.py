@@ -116,6 +116,7 @@ class GeneratorCard(Config):
     base: BaseReference
     lora: LoraSpec
     layout: ParameterLayout
+    target_modules: tuple[str, ...] = Field(description="Modules with LoRA, by PEFT's suffixes.")
     condition: ConditionConfig
     sampling: SamplingConfig
     seed: int = Field(description="The run's: with it, and the run's prompt, the run's own candidates come out.")

@@ -169,6 +169,7 @@ def _write(
     terms = [data_terms(known)] if known else [data_terms(each) for each in card.tasks]
     shared: dict[str, Any] = {
         "generator": name, "base": card.base, "lora": card.lora, "max_length": card.max_length,
+        "target_modules": card.target_modules,
         "prompt": condition.text, "task": known.name if known else "unseen-task", "unseen_condition": known is None,
         "description": request.task_info or (known.description if known else None),
         "labels": task.task.labels if task else known.labels if known else None,

@@ -7,7 +7,7 @@ and whose licences count. Uploading is left to the reader: the card ends with th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cpdiff_core.artifacts import write_json
 from cpdiff_core.bundle import Generator
 from cpdiff_core.cards import ArmScore, BaseReference, GeneratorCard, TaskCard
 from cpdiff_core.config import Config
-from cpdiff_core.domains.base_models import FAMILIES, TOKENIZER_FILES, BaseModel, build_classifier
+from cpdiff_core.domains.base_models import TOKENIZER_FILES, BaseModel, build_classifier
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout
 from cpdiff_core.lora.peft_folder import write_adapter
 from cpdiff_core.lora.vectors import min_l2, min_l2_product
@@ -60,6 +60,7 @@ class AdapterFacts(Config):
     generator: str
     base: BaseReference
     lora: LoraSpec
+    target_modules: tuple[str, ...]
     task: str
     description: str | None
     labels: tuple[str, ...] | None
@@ -103,7 +104,7 @@ def write_peft_folder(
 ) -> None:  # fmt: skip
     """Write one adapter: PEFT's two files, the facts as JSON, the card."""
     write_adapter(
-        folder, w_K, layout, facts.lora, FAMILIES[facts.base.family].target_modules, head=head,
+        folder, w_K, layout, facts.lora, facts.target_modules, head=head,
         base=facts.base.hub_id or facts.base.name, revision=facts.base.revision,
     )  # fmt: skip
     write_json(folder / FACTS, facts.model_dump(mode="json"))
@@ -151,6 +152,18 @@ def write_generator_card(folder: Path, card: GeneratorCard) -> None:
     text = _render(
         "generator.md.j2", card=card, base=base, metadata=_metadata(base, "cpdiff"),
         licence=BASE_LICENCES.get(base, "see its own card"), terms={task.name: data_terms(task) for task in card.tasks},
+    )  # fmt: skip
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def write_zoo_card(
+    folder: Path, name: str, base: BaseReference, lora: LoraSpec, tasks: Sequence[TaskCard], settings: Mapping[str, Any]
+) -> None:
+    """README.md of a zoo: a data card."""
+    text = _render(
+        "zoo.md.j2", name=name, base=base.hub_id or base.name, lora=lora, tasks=tasks, settings=settings,
+        licence=BASE_LICENCES.get(base.hub_id or base.name, "see its own card"),
+        terms={task.name: data_terms(task) for task in tasks},
     )  # fmt: skip
     (folder / CARD).write_text(text, encoding="utf-8")
 

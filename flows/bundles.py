@@ -1,4 +1,4 @@
-"""Flows around portable generators: bundle the generator of an experiment, and train one on adapters made elsewhere."""
+"""The flow that bundles the generator of an experiment: a portable folder with what its adapters score."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from prefect import flow
 from cpdiff_core.artifacts import read_json
 from cpdiff_core.cards import ArmScore, BaseReference, GeneratorCard, TaskCard
 from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.domains.base_models import FAMILIES
 from cpdiff_core.domains.glue.data import ResolvedTask
 from cpdiff_core.domains.glue.stacks import build_stack
 from cpdiff_core.domains.glue.text_tasks import TextTask
@@ -55,6 +56,7 @@ def bundle_experiment(
         base=BaseReference.of(resolved.base, config.base_model.revision), sampling=config.sampling, seed=config.seed,
         layout=build_stack(resolved.base, config.lora, 2, config.fine_tune.precision, runtime).layout,
         max_length=config.fine_tune.max_length, precision=config.fine_tune.precision, tasks=cards, settings=settings,
+        target_modules=FAMILIES[resolved.base.family].target_modules,
         head=f"{config.head.kind}, fitted before the adapters were trained and fixed since",
     )  # fmt: skip
     task_heads = tuple(bundles.TaskHead(task=name, head=head) for name, head in heads.items())

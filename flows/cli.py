@@ -36,24 +36,25 @@ def load_experiment(name: str) -> Any:
 
     if not name.endswith(".json"):
         return experiment(name)
-    path = Path(name)
+    return read_config("experiment file", Path(name), ExperimentConfig)
+
+
+def read_config(what: str, path: Path, model: type[Any]) -> Any:
+    """A configuration from a JSON file. Raises UserError naming the first wrong field."""
+    where = f"{what} {str(path)!r}"
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"experiment file {name!r}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot be read ({reason}); check the path") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"experiment file {name!r}: line {error.lineno}: is not JSON ({error.msg})") from error
+        raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"experiment file {name!r}: must hold one JSON object; `cpdiff show quickstart` prints an example"
-        )
+        raise UserError(f"{where}: must hold one JSON object; `cpdiff show quickstart` prints an example")
     try:
-        return ExperimentConfig.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
-        raise UserError(first_fault(f"experiment file {name!r}", error)) from error
+        raise UserError(first_fault(where, error)) from error
 
 
 def first_fault(where: str, error: ValidationError) -> str:

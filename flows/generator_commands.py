@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,17 +63,58 @@ def export_generator(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write an experiment's generator as a folder that works on any machine, without the training data."""
-    folder = _folder_of(experiment, _runtime(device, data_dir, threads, quiet), root)
-    from cpdiff_core.bundle import copy_generator
+    _export(_folder_of(experiment, _runtime(device, data_dir, threads, quiet), root), out, compact)
 
-    copy_generator(Path(folder), out, compact)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    typer.echo(f"generator: {out} ({size / 1e6:.1f} MB); use it with `cpdiff generate {out} ...`")
+
+def import_zoo(
+    folders: Annotated[list[Path], typer.Argument(help="A folder of PEFT folders per task, or a folder of such.")],
+    out: Out,
+    describe: Annotated[list[str] | None, typer.Option(help="TASK=its description in words; may be repeated.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if the adapters do not name it.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="JSON file that sets the generator's training.")] = None,
+    compact: Annotated[bool, typer.Option(help="Half precision, without the encoder.")] = False,
+    device: Device = "auto", root: Root = None, threads: Threads = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Train a generator on LoRA adapters made elsewhere, and write it as a portable folder."""
+    pairs = [text.partition("=") for text in describe or ()]
+    if wrong := [name for name, sign, words in pairs if not (sign and words.strip())]:
+        raise UserError(f"--describe {wrong[0]!r}: must be TASK=description")
+    runtime = _runtime(device, None, threads, quiet)
+
+    def train() -> str:
+        from cpdiff_core.zoo_folder import ZooGeneratorConfig
+        from flows.cli import read_config
+        from flows.zoos import import_zoo as flow
+
+        config = read_config("settings file", settings, ZooGeneratorConfig) if settings else ZooGeneratorConfig()
+        texts = {name: words for name, _, words in pairs}
+        return flow([str(folder) for folder in folders], texts, base, config, runtime)
+
+    _export(with_root(root, False, train), out, compact)
+
+
+def export_zoo(
+    experiment: ExperimentName, out: Out,
+    num: Annotated[int | None, typer.Option(min=1, help="Checkpoints per run, evenly spaced; default all.")] = None,
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write an experiment's harvested checkpoints as PEFT folders with a data card."""
+    runtime = _runtime(device, data_dir, threads, quiet)
+
+    def write() -> str:
+        from flows.cli import load_experiment
+        from flows.zoos import export_zoo as flow
+
+        return flow(load_experiment(experiment), str(out), num, runtime)
+
+    typer.echo(f"zoo: {with_root(root, _offline(experiment), write)}")
 
 
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command("export-generator")(export_generator)
+    app.command("import-zoo")(import_zoo)
+    app.command("export-zoo")(export_zoo)
 
 
 def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str:
@@ -83,27 +124,40 @@ def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str
     if Path(generator).is_dir():
         raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
 
-    def bundle(experiment: Any) -> str:
+    def bundle() -> str:
         from flows.bundles import bundle_experiment
+        from flows.cli import load_experiment
 
-        return bundle_experiment(experiment, runtime)
+        return bundle_experiment(load_experiment(generator), runtime)
 
-    return with_experiment(generator, root, bundle)
+    return with_root(root, _offline(generator), bundle)
 
 
-def with_experiment(name: str, root: Path | None, use: Callable[[Any], str]) -> str:
-    """Prepare root and server, as `cpdiff run` does, and call `use` with the experiment."""
-    from flows.cli import embedded, load_experiment
+def with_root(root: Path | None, offline: bool, use: Callable[[], str]) -> str:
+    """Prepare root and server, as `cpdiff run` does, and call `use`, which runs a flow."""
     from tasks.environment import check_root, prepare
     from tasks.server import start_server
 
-    path = prepare(root, offline=embedded(name))
+    path = prepare(root, offline=offline)
     check_root(path)
     server = start_server(path)
-    experiment = load_experiment(name)
     if server is not None:
         server.wait(timeout=120)
-    return use(experiment)
+    return use()
+
+
+def _offline(experiment: str) -> bool:
+    from flows.cli import embedded
+
+    return embedded(experiment)
+
+
+def _export(folder: str, out: Path, compact: bool) -> None:
+    from cpdiff_core.bundle import copy_generator
+
+    copy_generator(Path(folder), out, compact)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    typer.echo(f"generator: {out} ({size / 1e6:.1f} MB); use it with `cpdiff generate {out} ...`")
 
 
 def _runtime(device: str, data_dir: Path | None, threads: int | None, quiet: bool) -> RuntimeConfig:

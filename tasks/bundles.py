@@ -7,14 +7,25 @@ from pathlib import Path
 from pydantic import Field
 
 from cpdiff_core import bundle
-from cpdiff_core.artifacts import Artifact, read_tensors
+from cpdiff_core.artifacts import Artifact, read_tensors, write_json, write_tensors
 from cpdiff_core.cards import GeneratorCard
-from cpdiff_core.config import Config
+from cpdiff_core.config import Config, RuntimeConfig
+from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.export import write_generator_card
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
+from cpdiff_core.generator.conditions import (
+    LearnedCondition,
+    OneHotCondition,
+    TaskInfoCondition,
+    build_prompt,
+    encode_texts,
+    one_hot_conditions,
+)
 from cpdiff_core.generator.diffusion import LatentDiffusion
+from cpdiff_core.lora.layout import ParameterLayout
 from cpdiff_core.lora.vectors import evenly_spaced
-from cpdiff_core.lora.zoo import Zoo
+from cpdiff_core.lora.zoo import HARVEST_FILE, Zoo
+from cpdiff_core.zoo_folder import ZooTask, load_zoo_task
 from tasks.stage import folder, root, stage
 from tasks.stages import HEAD_FILE, Generator, load_normalizer
 
@@ -46,3 +57,28 @@ def bundle_generator(
     )  # fmt: skip
     fitted.save(out)
     write_generator_card(out, card)
+
+
+@stage("import_harvest", label=lambda task: task.card.name)
+def import_harvest(out: Path, task: ZooTask, layout: ParameterLayout) -> None:
+    """Adapters made elsewhere as a harvest, and the head that came with the last of them."""
+    w_NK, head = load_zoo_task(task, layout)
+    write_tensors(out / HARVEST_FILE, {"w_NK": w_NK})
+    write_tensors(out / HEAD_FILE, head)
+
+
+@stage("encode_descriptions")
+def encode_descriptions(
+    out: Path, condition: TaskInfoCondition | OneHotCondition | LearnedCondition, tasks: tuple[str, ...],
+    descriptions: tuple[str, ...], *, runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    """The conditions of tasks that have a description and no data; files as `encode_conditions` writes them."""
+    prompts: list[str] = []
+    y_QPE = one_hot_conditions(len(tasks))
+    if isinstance(condition, TaskInfoCondition):
+        prompts = [build_prompt(condition.encoder, text, ()) for text in descriptions]
+        y_QPE = encode_texts(condition.encoder, prompts, device_of(runtime))[:, None]
+    write_tensors(out / "conditions.safetensors", {"y_QPE": y_QPE, "y_QE": y_QPE[:, 0]})
+    write_json(
+        out / "prompts.json", {"tasks": list(tasks), "training": [[text] for text in prompts], "generation": prompts}
+    )

@@ -91,7 +91,6 @@ def read_adapter(folder: Path) -> PeftAdapter:
         alpha = _scaling(value) * value["r"]
         lora = LoraSpec(rank=value["r"], lora_alpha=alpha, lora_dropout=value.get("lora_dropout") or 0.0)
         targets = value["target_modules"]
-        targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     except (KeyError, TypeError, ZeroDivisionError, ValidationError) as error:
         raise UserError(f"{where}: {CONFIG_FILE} lacks r, lora_alpha or target_modules; save it again") from error
     tensors = _read_weights(folder, where)
@@ -100,7 +99,11 @@ def read_adapter(folder: Path) -> PeftAdapter:
     if ranks - {lora.rank}:
         raise UserError(f"{where}: {CONFIG_FILE} says r = {lora.rank}, its weights have rank {sorted(ranks)}; mend it")
     head = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name not in lora_tensors}
-    return PeftAdapter(folder, lora, str(value.get("base_model_name_or_path") or ""), targets, lora_tensors, head)
+    if isinstance(targets, str):  # a pattern: the modules that it has found stand in the weights
+        targets = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in lora_tensors}
+    return PeftAdapter(
+        folder, lora, str(value.get("base_model_name_or_path") or ""), tuple(sorted(targets)), lora_tensors, head
+    )
 
 
 def _scaling(value: Mapping[str, Any]) -> float:

@@ -103,7 +103,7 @@ def test_unseen_task_gets_a_probe_and_is_compared_on_examples_that_its_heads_hav
         ({"task_info": "Find it.", "examples": EXAMPLES, "few": "x.csv"}, r"--few DATA with --labels"),
         ({"task_info": "Find it.", "examples": EXAMPLES, "few": "nowhere.csv", "labels": ("a", "b")}, "does not exist"),
         ({"task_info": "Find it.", "examples": EXAMPLES, "few": "DATA", "labels": ("a",)}, "two names"),
-        ({"task_info": "Find it.", "examples": EXAMPLES, "few": "DATA", "labels": ("a", "b"), "regression": 1}, "one of"),
+        ({"task_info": "Say.", "examples": EXAMPLES, "few": "DATA", "labels": ("a", "b"), "regression": 1}, "one of"),
         ({"task": "left", "few": "DATA", "labels": ("a", "b")}, "--select"),
         ({"task": "left", "merge": True}, "--merge"),
         ({"task": "left", "select": "DATA", "text_columns": ("words",)}, "has no column 'words'"),
