@@ -48,10 +48,11 @@ from tasks.report import stage_ended
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact, default=Artifact)
 
-NOT_IN_KEY = ("out", "runtime", "resume")
+_FROM_STAGE = ("out", "resume", "account")
+NOT_IN_KEY = ("runtime", *_FROM_STAGE)
 SCRATCH_PREFIX = ".building-"
 
-GIVEN: Any = None  # default of a body's `resume`: the stage gives it, callers never do
+GIVEN: Any = None  # default of a body's `resume` and `account`: the stage gives them, callers never do
 
 STAGES: dict[str, Stage[..., Any]] = {}
 
@@ -90,8 +91,9 @@ def stage(
     sources: functions, classes and modules that the body calls and whose change is a change of the stage.
     task_options: further options of Prefect's task, such as retries and tags.
 
-    `resume` is given to a body that declares it. Arguments are checked against the body's annotations, so an
-    artifact of the wrong type is a TypeError.
+    `resume` is given to a body that declares it, and so is `account`, a dictionary for what the body knows better than
+    the clock: it goes over the stage's own figures in provenance.json. Arguments are checked against the body's
+    annotations, so an artifact of the wrong type is a TypeError.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"stage name {name!r}: must be lower-case letters, digits and underscores")
@@ -99,7 +101,7 @@ def stage(
     def decorate(body: Callable[Concatenate[Path, P], None]) -> Stage[P, A]:
         declared = inspect.signature(body)
         hints = get_type_hints(body)
-        parameters = [item for item in declared.parameters.values() if item.name not in ("out", "resume")]
+        parameters = [item for item in declared.parameters.values() if item.name not in _FROM_STAGE]
         signature = declared.replace(parameters=parameters, return_annotation=returns)
         shown = list(inspect.signature(label).parameters) if label is not None else []
         if unknown := set(shown) - {item.name for item in parameters}:
@@ -117,11 +119,14 @@ def stage(
             bound.apply_defaults()
             result = identify(bound.arguments)
             runtime = bound.arguments.get("runtime") or RuntimeConfig()
-            extra: dict[str, Any] = {"resume": resume_state(result, runtime)} if "resume" in declared.parameters else {}
+            account: dict[str, Any] = {}
+            given = {"resume": resume_state(result, runtime), "account": account}
+            extra = {key: value for key, value in given.items() if key in declared.parameters}
             config = {"stage": name, "version": version, "inputs": canonical(_inputs(bound.arguments))}
             try:
                 with watched(result):
-                    _build(folder(result), lambda out: body(out, *bound.args, **bound.kwargs, **extra), config, runtime)
+                    write = functools.partial(_call, body, bound, extra)
+                    _build(folder(result), write, config, runtime, account)
             except Exception as error:
                 if (fault := disk_fault(error)) is not None:
                     raise fault from error
@@ -209,7 +214,13 @@ def _inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in NOT_IN_KEY}
 
 
-def _build(target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig) -> None:
+def _call(body: Callable[..., None], bound: inspect.BoundArguments, extra: Mapping[str, Any], out: Path) -> None:
+    body(out, *bound.args, **bound.kwargs, **extra)
+
+
+def _build(
+    target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig, account: Mapping[str, Any]
+) -> None:
     """Fill a scratch folder beside `target`, then rename it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{SCRATCH_PREFIX}{target.name}-") as scratch:
@@ -219,7 +230,8 @@ def _build(target: Path, write: Callable[[Path], None], config: Any, runtime: Ru
         write(out)
         write_json(out / "config.json", config)
         seal(out)
-        write_json(out / "provenance.json", signed(meter.provenance()))  # after the seal: it differs from run to run
+        # After the seal: it differs from run to run.
+        write_json(out / "provenance.json", signed(meter.provenance() | dict(account)))
         if target.exists():  # a refresh, or a process that died before the record was written
             # Moved away whole: deleting it file by file could leave its record, and so a hit, behind.
             os.rename(target, Path(scratch, "replaced"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ from cpdiff_core.reports.inputs import Generator, ReportInputs
 from cpdiff_core.reports.page import write_report
 from tasks.locks import hold
 from tasks.observe import watched
-from tasks.stage import cache_key, folder, is_done, resume_state, root, stage
+from tasks.provenance import Meter
+from tasks.stage import GIVEN, cache_key, folder, is_done, resume_state, root, stage
 
 HEAD_FILE = "head.safetensors"
 
@@ -49,15 +51,17 @@ def fit_head(
 
 @stage("harvest_checkpoints", label=lambda config: config.label)
 def harvest_checkpoints(
-    out: Path, config: HarvestConfig, head: Artifact, *, runtime: RuntimeConfig, resume: ResumeState
-) -> None:
-    """Commit what a group pass has left, or else train this run alone."""
+    out: Path, config: HarvestConfig, head: Artifact, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN,
+    account: dict[str, Any] = GIVEN,
+) -> None:  # fmt: skip
+    """Commit what a group pass has left, with its share of the cost, or else train this run alone."""
     state = resume.load()
     if state is None or not state[1].get("finished"):
         tuning = FineTuning([config], [read_tensors(folder(head), HEAD_FILE)], runtime)
         harvest = tuning.run(runtime, resume)[0]
     else:
         harvest = CheckpointHarvest(**state[0])
+        account |= state[1].get("account", {})
     write_tensors(out / HARVEST_FILE, harvest.tensors())
 
 
@@ -92,15 +96,26 @@ def _harvest_group(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: R
         if len(missing) < 2:  # another process has trained the rest, or a single run: its own stage does that
             return
         configs = [members[i][0] for i in missing]
+        meter = Meter(runtime.device)
         tuning = FineTuning(configs, [read_tensors(folder(members[i][1]), HEAD_FILE) for i in missing], runtime)
         name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
         together = Artifact(stage="harvest_group", fingerprint=_short(name))
         group = resume_state(together, runtime)
         with watched(together):
             harvests = tuning.run(runtime, group)
+        account = group_share(meter.provenance(), len(missing))
         for i, harvest in zip(missing, harvests, strict=True):
-            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True})
+            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True, "account": account})
         group.discard()
+
+
+def group_share(provenance: Mapping[str, Any], num_runs: int) -> dict[str, Any]:
+    """What one of `num_runs` runs that trained together cost: an equal share of the pass, since it was last resumed."""
+    seconds = provenance["seconds"]
+    return {
+        "seconds": round(seconds / num_runs, 3), "group_seconds": seconds, "group_runs": num_runs,
+        "peak_gpu_bytes": provenance["peak_gpu_bytes"],
+    }  # fmt: skip
 
 
 def _short(text: str) -> str:
@@ -134,7 +149,7 @@ def fit_normalization(out: Path, config: NormalizationConfig, zoo: Zoo) -> None:
 @stage("fit_autoencoder")
 def fit_autoencoder(
     out: Path, config: AutoencoderConfig, zoo: Zoo, normalizer: Artifact, seed: int, *, runtime: RuntimeConfig,
-    resume: ResumeState,
+    resume: ResumeState = GIVEN,
 ) -> None:  # fmt: skip
     w_VK, task_V = _vectors(zoo, normalizer)
     device = device_of(runtime)
@@ -167,7 +182,7 @@ def encode_conditions(
 @stage("fit_diffusion")
 def fit_diffusion(
     out: Path, config: DiffusionConfig, condition: ConditionConfig, zoo: Zoo, normalizer: Artifact, autoencoder: Artifact,
-    conditions: Artifact, seed: int, *, runtime: RuntimeConfig, resume: ResumeState,
+    conditions: Artifact, seed: int, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN,
 ) -> None:  # fmt: skip
     w_VK, task_V = _vectors(zoo, normalizer)
     device = device_of(runtime)

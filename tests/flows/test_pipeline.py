@@ -70,6 +70,11 @@ def test_whole_run_leaves_every_artifact_and_the_second_run_computes_nothing(
     assert [fault for path in artifacts(artifact_root).values() for fault in verify(path)] == []
     assert not list((artifact_root / ".resume").glob("*/*")), "finished stages leave no resume state"
 
+    costs = [json.loads(path.read_text()) for path in artifact_root.glob("harvest_checkpoints/*/provenance.json")]
+    assert [cost["group_runs"] for cost in costs] == [2, 2], "both tasks trained in one pass"
+    assert sum(cost["seconds"] for cost in costs) == pytest.approx(costs[0]["group_seconds"], abs=0.01)
+    assert costs[0]["seconds"] > 0.01, "a run's share of the pass, not the moment of its commit"
+
     table = pd.read_csv(report.parent / "results.csv")
     assert set(table["task"]) == {"left", "right", "average"}
     assert set(table["arm"]) >= {"no-LoRA", "original (oracle)", "original (selected)", "model soup", "generated"}
