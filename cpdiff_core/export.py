@@ -168,6 +168,18 @@ def write_zoo_card(
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
+def write_composed_card(
+    folder: Path, how: str, base: str, lora: LoraSpec, parents: Sequence[tuple[str, float, str]], with_head: bool,
+    same_heads: bool,
+) -> None:  # fmt: skip
+    """README.md of an adapter composed of others. parents: (name, weight, sha256) of each."""
+    text = _render(
+        "composed.md.j2", how=how, base=base, lora=lora, parents=parents, with_head=with_head, same_heads=same_heads,
+        metadata=_metadata(base, "peft", pipeline_tag="text-classification"),
+    )  # fmt: skip
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
 def data_terms(task: TaskCard) -> str:
     """The terms of a task's training data, as far as they are known."""
     words = task.data.split()

@@ -1,4 +1,4 @@
-"""Commands that use what was generated: generate, export-generator, import-zoo, export-zoo.
+"""Commands that use what was generated: generate, share generators and zoos, compose adapters, compare experiments.
 
 Nothing heavy is imported before a command runs. A generator in a folder needs no Prefect; an experiment's generator
 is bundled first by a flow, whose stages are cached.
@@ -110,11 +110,72 @@ def export_zoo(
     typer.echo(f"zoo: {with_root(root, _offline(experiment), write)}")
 
 
+Adapters = Annotated[list[Path], typer.Argument(help="PEFT folders of one base model.")]
+Weights = Annotated[str | None, typer.Option(help="A weight for each adapter: 0.5,0.3,0.2.")]
+
+
+def interpolate(
+    first: Annotated[Path, typer.Argument(help="PEFT folder.")],
+    second: Annotated[Path, typer.Argument(help="PEFT folder of the same shape.")],
+    out: Out,
+    weight: Annotated[float, typer.Option(help="Share of the second: 0 gives the first, 1 the second.")] = 0.5,
+) -> None:
+    """Interpolate two adapters on their factors; the head is the first one's."""
+    _compose("interpolate", [first, second], [weight], out)
+
+
+def average(adapters: Adapters, out: Out, weights: Weights = None) -> None:
+    """Average adapters on their factors (model soup); the head is the first one's."""
+    _compose("average", adapters, _numbers(weights), out)
+
+
+def add(adapters: Adapters, out: Out, weights: Weights = None) -> None:
+    """Add adapters exactly, on dW; ranks add up, the head is the first one's."""
+    _compose("add", adapters, _numbers(weights), out)
+
+
+def compare(
+    first: ExperimentName,
+    second: Annotated[str, typer.Argument(help="Another experiment, by name or .json file.")],
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Two experiments side by side, arm by arm, paired on the same examples. What is missing is computed."""
+    runtime = _runtime(device, data_dir, threads, quiet)
+
+    def table() -> str:
+        from cpdiff_core.comparison import compare, comparison_table
+        from cpdiff_core.reports.tables import load_results
+        from flows.cli import load_experiment
+        from flows.pipeline import run_experiment
+
+        experiments = [load_experiment(name) for name in (first, second)]
+        a, b = (load_results(Path(run_experiment(experiment, runtime)).parent) for experiment in experiments)
+        return comparison_table(compare(a, b), experiments[0].name, experiments[1].name)
+
+    typer.echo(with_root(root, _offline(first) and _offline(second), table))
+
+
+def _compose(how: str, folders: list[Path], weights: list[float] | None, out: Path) -> None:
+    from cpdiff_core.compose import compose
+
+    compose(how, folders, weights, out)
+    typer.echo(f"adapter: {out}")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise UserError(f"--weights {text!r}: must be numbers with commas, as in 0.5,0.5") from error
+
+
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command("export-generator")(export_generator)
     app.command("import-zoo")(import_zoo)
     app.command("export-zoo")(export_zoo)
+    for command in (interpolate, average, add, compare):
+        app.command()(command)
 
 
 def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str:
