@@ -89,7 +89,8 @@ def score_style(
     write_json(
         out / SCORE_FILE,
         {
-            "style": config.style, "split": split, "prompts": prompts, "num_images": len(prompts), "num_real": len(real),
+            "style": config.style, "split": split, "prompts": prompts,
+            "num_images": len(prompts), "num_real": len(real),
             "frechet": [frechet_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
             "kid": [kernel_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
         },

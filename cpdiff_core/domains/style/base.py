@@ -20,6 +20,7 @@ from diffusers import PixArtTransformer2DModel
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from cpdiff_core.artifacts import Artifact, checked
 from cpdiff_core.config import Config, LocalFile, UserError
@@ -47,7 +48,7 @@ class TinyPixArtConfig(Config):
     num_attention_heads: int = Field(6, ge=1)
     attention_head_dim: int = Field(64, ge=8, multiple_of=8)
 
-    def build(self) -> PixArtTransformer2DModel:
+    def build(self) -> Any:
         """The model with diffusers' own initialisation."""
         width = self.num_attention_heads * self.attention_head_dim
         return PixArtTransformer2DModel(
@@ -135,7 +136,7 @@ def _with_files(kind: Literal["tiny", "pixart"], folder: Path, paths: Sequence[P
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What sampling and training must know of a base. size: of the space that diffusion runs in, image_size: in pixels."""
+    """What sampling and training must know of a base: the size of its space, of its images, and its noise process."""
 
     size: int
     image_size: int
@@ -163,12 +164,12 @@ def spec_of(base: StyleBase, root: Path) -> BaseSpec:
 
 
 @lru_cache(maxsize=2)
-def load_transformer(base: StyleBase, root: Path) -> PixArtTransformer2DModel:
+def load_transformer(base: StyleBase, root: Path) -> nn.Module:
     """The frozen transformer, float32 on the CPU. Callers must not change it; copy it first."""
     folder = base.path(root)
     try:
         if base.kind == "pixart":
-            model = PixArtTransformer2DModel.from_pretrained(
+            model: Any = PixArtTransformer2DModel.from_pretrained(
                 str(folder), subfolder="transformer", local_files_only=True, torch_dtype=torch.float32
             )
         else:
@@ -179,7 +180,8 @@ def load_transformer(base: StyleBase, root: Path) -> PixArtTransformer2DModel:
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"base model in {str(folder)!r}: cannot be loaded ({reason})") from error
-    return model.eval().requires_grad_(False)
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
 
 
 @dataclass(frozen=True)

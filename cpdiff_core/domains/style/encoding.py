@@ -28,7 +28,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "selection", "report")
 def encode_style(
     out: Path, base: StyleBase, style: ResolvedStyle, splits: StyleSplits, root: Path, runtime: RuntimeConfig
 ) -> None:
-    """Write the training images in the base's space and the captions of their classes; the empty caption is the last."""
+    """Write the training images in the base's space and the captions of their classes, the empty one last."""
     device = device_of(runtime)
     spec = spec_of(base, root)
     images = split_images(style, splits, "train", spec.image_size)

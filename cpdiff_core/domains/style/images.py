@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,4 +65,19 @@ def jpeg_bytes(image_CHW: torch.Tensor, quality: int = 95) -> bytes:
     """A uint8 image as JPEG without chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def contact_sheet(rows_RCHW: Sequence[torch.Tensor], scale: int = 1, gap: int = 2) -> bytes:
+    """Rows of uint8 images [n, 3, H, W] as one PNG, each pixel enlarged `scale` times, over white."""
+    size = rows_RCHW[0].shape[-1] * scale
+    columns = max(map(len, rows_RCHW))
+    sheet = Image.new("RGB", (columns * (size + gap) - gap, len(rows_RCHW) * (size + gap) - gap), "white")
+    for row, images in enumerate(rows_RCHW):
+        for column, image_CHW in enumerate(images):
+            image = Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy())
+            square = image.resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(square, (column * (size + gap), row * (size + gap)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

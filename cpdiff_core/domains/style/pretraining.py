@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import PixArtTransformer2DModel
 from torch import nn
 
 from cpdiff_core.artifacts import ResumeState, write_json, write_tensors
@@ -40,7 +39,7 @@ def caption_rows(images: StyleImages) -> tuple[list[str], torch.Tensor]:
 def pretrain(
     config: PretrainedBase, images: StyleImages, captions: Captions, *, seed: int, device: torch.device,
     runtime: RuntimeConfig, resume: ResumeState | None = None,
-) -> tuple[PixArtTransformer2DModel, torch.Tensor]:  # fmt: skip
+) -> tuple[Any, torch.Tensor]:  # fmt: skip
     """Train on `images`. Returns the model, averaged, and its loss at every step.
 
     captions: of class c in template k at row 3 c + k (`caption_rows`, TEMPLATES), the empty one last.
@@ -104,7 +103,7 @@ def start_quietly(model: Any) -> None:
         nn.init.zeros_(block.attn2.to_out[0].weight)
 
 
-def save_base(model: PixArtTransformer2DModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_base(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `base.json` and `transformer.safetensors`."""
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     write_json(folder / SPEC_FILE, {"transformer": config, "process": PIXELS.model_dump(mode="json")})

@@ -1,0 +1,131 @@
+"""Style experiments as data: one value composes every choice; Table 2 and the presets are such values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cpdiff_core.config import Config
+from cpdiff_core.domains.style.base import EmbeddedBase, PixArtBase, PretrainedBase, StyleBaseConfig
+from cpdiff_core.domains.style.features import EfficientNetLite0Features, FeatureConfig
+from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig
+from cpdiff_core.domains.style.sampling import ImageSamplingConfig
+from cpdiff_core.domains.style.styles import STYLES, ResolvedStyle, Style, StyleSplits, excerpt, resolve_style
+from cpdiff_core.generator.autoencoder import AutoencoderConfig, ConvAutoencoderConfig
+from cpdiff_core.generator.conditions import StyleImageCondition
+from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig
+from cpdiff_core.generator.normalization import NormalizationConfig
+from cpdiff_core.generator.training import TrainingConfig
+from cpdiff_core.lora.layout import LoraSpec
+
+
+class StyleExperimentConfig(Config):
+    """Everything that decides the result of one style experiment. What the paper states is the default."""
+
+    kind: Literal["style"] = "style"
+    name: str = Field("my-style-experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,79}$", description="Its name.")
+    description: str = Field("", description="What it is for, with its expected cost.")
+    base: StyleBaseConfig = Field(PretrainedBase(), description="The frozen image model (paper: PixArt-alpha).")
+    photos: Style = Field(STYLES["photo"], description="What a tiny base is trained on and compared with.")
+    styles: tuple[Style, ...] = Field(min_length=1, description="Q styles the generator is trained on.")
+    splits: StyleSplits = StyleSplits()
+    lora: LoraSpec = Field(
+        LoraSpec(rank=4, lora_alpha=4.0), description="Rank and scale (ours: the paper states none)."
+    )
+    fine_tune: StyleFineTuneConfig = StyleFineTuneConfig()
+    num_runs: int = Field(1, ge=1, description="Runs per style; the paper harvests a single trajectory.")
+    num_checkpoints: int = Field(64, ge=1, description="N: how many of the harvested checkpoints are used (paper: 64).")
+    scored_checkpoints: int | None = Field(
+        8, ge=1, description="Evenly spaced checkpoints scored for *original*; all N if None (ours)."
+    )
+    normalization: NormalizationConfig = NormalizationConfig()
+    autoencoder: AutoencoderConfig = ConvAutoencoderConfig()
+    condition: StyleImageCondition = StyleImageCondition()
+    condition_features: FeatureConfig = Field(
+        EfficientNetLite0Features(), description="Encoder of style images (paper: ResNet-18; ours is in the packages)."
+    )
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = Field(
+        SamplingConfig(num_candidates=8), description="Candidates (paper: unstated; ours 8)."
+    )
+    images: ImageSamplingConfig = ImageSamplingConfig()
+    features: FeatureConfig = Field(EfficientNetLite0Features(), description="Of the distance; inception gives FID.")
+    select_by: Literal["kid", "frechet"] = Field(
+        "kid", description="Distance that chooses (ours: KID is unbiased on the few images kept for choosing)."
+    )
+    seed: int = Field(42, ge=0, description="Of base, autoencoder, diffusion, conditions and sampling.")
+    economies: tuple[str, ...] = Field((), description="What a small preset saves; printed under its table.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StyleExperimentConfig:
+        names = [style.name for style in (*self.styles, self.photos)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"styles: the name {twice[0]!r} occurs twice; names must differ, also from the photographs'"
+            )
+        if self.num_checkpoints > self.fine_tune.num_harvest:
+            raise ValueError(
+                f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest "
+                f"{self.fine_tune.num_harvest}; harvest more or use fewer"
+            )
+        return self
+
+
+class ResolvedStyleExperiment(Config):
+    """A style experiment whose images have been found and digested."""
+
+    config: StyleExperimentConfig
+    photos: ResolvedStyle
+    styles: tuple[ResolvedStyle, ...]
+
+
+def resolve_styles(config: StyleExperimentConfig, data_dir: Path | None) -> ResolvedStyleExperiment:
+    """Find all images. Raises UserError for the first that is not there."""
+    return ResolvedStyleExperiment(
+        config=config, photos=resolve_style(config.photos, data_dir),
+        styles=tuple(resolve_style(style, data_dir) for style in config.styles),
+    )  # fmt: skip
+
+
+TABLE2_NAMES = ("art_painting", "cartoon", "sketch", "van_gogh_drawing")
+
+QUICKSTART_STYLE = StyleExperimentConfig(
+    name="quickstart-style",
+    description="Four styles on a tiny PixArt, 32 px, all from the package; under 10 minutes on 2 CPU cores.",
+    base=EmbeddedBase(),
+    photos=excerpt("photo"),
+    styles=(excerpt("art_painting"), excerpt("cartoon"), excerpt("sketch"), excerpt("van_gogh_drawing")),
+    fine_tune=StyleFineTuneConfig(num_steps=330, batch_size=16, warmup_steps=20, learning_rate=2e-3, harvest_every=5),
+    scored_checkpoints=4,
+    autoencoder=ConvAutoencoderConfig(training=TrainingConfig(steps=40, batch_size=32, learning_rate=3e-4)),
+    condition=StyleImageCondition(num_images=16),
+    diffusion=DiffusionConfig(training=TrainingConfig(steps=300, batch_size=32, learning_rate=1e-3, ema_decay=0.99)),
+    sampling=SamplingConfig(num_inference_steps=25, num_candidates=4),
+    images=ImageSamplingConfig(num_images=64, num_inference_steps=10, guidance_scale=1.0),
+    economies=(
+        "32 px, an excerpt of 268 to 360 images per style, LoRA batch of 16 images, one run per style, one seed",
+        "64 checkpoints, one every 5 steps instead of 10; 4 evenly spaced ones stand for 'original'; 4 candidates",
+        "64 images per arm, 10 DDIM steps without guidance",
+    ),
+)
+
+TABLE2 = StyleExperimentConfig(
+    name="table2/tiny",
+    description="Table 2 on the styles at hand, with a 64 px PixArt pretrained on photographs; minutes on a GPU.",
+    styles=tuple(STYLES[name] for name in TABLE2_NAMES),
+    fine_tune=StyleFineTuneConfig(precision="bf16"),
+)
+
+TABLE2_PAPER = StyleExperimentConfig(
+    name="table2/pixart",
+    description="Table 2 as in the paper, PixArt-alpha at 512 px, for who has the images (WikiArt, SemArt) and it.",
+    base=PixArtBase(),
+    styles=tuple(STYLES[name] for name in ("van_gogh", "edvard", "chalk", "charcoal")),
+    fine_tune=StyleFineTuneConfig(precision="bf16", batch_size=8, learning_rate=1e-4),
+    images=ImageSamplingConfig(scheduler="dpmsolver++", num_inference_steps=20, guidance_scale=4.5),
+)
+
+STYLE_EXPERIMENTS = {item.name: item for item in (QUICKSTART_STYLE, TABLE2, TABLE2_PAPER)}

@@ -1,0 +1,154 @@
+"""Style transfer on one screen: the same method as `pipeline.py`, with images in the place of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, resolve_base, spec_of
+from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
+from cpdiff_core.domains.style.styles import ResolvedStyle
+from cpdiff_core.evaluation.selection import select
+from cpdiff_core.evaluation.style_scores import StyleReportArtifact, StyleScoringConfig, load_style_selection
+from cpdiff_core.lora.vectors import evenly_spaced
+from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
+from cpdiff_core.reports.style_tables import StyleArms, StyleReportInputs
+from cpdiff_core.style_experiments import (
+    QUICKSTART_STYLE,
+    ResolvedStyleExperiment,
+    StyleExperimentConfig,
+    resolve_styles,
+)
+from tasks import stages, style_stages
+from tasks.prefect_artifacts import publish
+from tasks.stage import folder, root
+
+
+@flow(name="run-style-experiment", persist_result=False)
+def run_style_experiment(
+    experiment: StyleExperimentConfig = QUICKSTART_STYLE, runtime: RuntimeConfig = RuntimeConfig()
+) -> str:
+    """Run one style experiment and return the path of its report.
+
+    Args:
+        experiment: What is computed. Every field changes the result and so the cache key.
+        runtime: Where and how fast. Nothing here changes the result.
+    """
+    resolved = resolve_styles(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
+    pipeline = StylePipeline(resolved, style_base(resolved, runtime), runtime)
+    zoo = pipeline.harvest()
+    generator = pipeline.fit_generator(zoo)
+    arms = tuple(pipeline.score(style, zoo, generator) for style in resolved.styles)
+    report = folder(style_stages.style_report(experiment, pipeline.report_inputs(zoo, generator, arms)))
+    publish(experiment.name, report)
+    return str(report / "report.html")
+
+
+def style_base(resolved: ResolvedStyleExperiment, runtime: RuntimeConfig) -> StyleBase:
+    """The frozen image model: found, or pretrained on photographs by a stage."""
+    config = resolved.config
+    if isinstance(config.base, PretrainedBase):
+        artifact = style_stages.pretrain_style_base(
+            config.base, resolved.photos, config.splits, config.seed, runtime=runtime
+        )
+        return StyleBase(kind="tiny", artifact=artifact)
+    return resolve_base(config.base)
+
+
+class StylePipeline:
+    """The stages of one experiment on one base. Encodings and real features are shared by all steps."""
+
+    def __init__(self, resolved: ResolvedStyleExperiment, base: StyleBase, runtime: RuntimeConfig) -> None:
+        self.resolved, self.config, self.base, self.runtime = resolved, resolved.config, base, runtime
+        self.size = spec_of(base, root()).image_size
+        every = (*resolved.styles, resolved.photos)
+        splits = self.config.splits
+        self.encoded = {s.name: style_stages.encode_style(base, s, splits, runtime=runtime) for s in every}
+        self.real = {
+            s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime)
+            for s in every
+        }
+
+    def harvest(self) -> Zoo:  # Sec. 4.2
+        """The last checkpoints of every style. Missing runs train together, each is cached alone."""
+        config, runtime = self.config, self.runtime
+        runs = {
+            style.name: [
+                StyleHarvestConfig(
+                    base=self.base, style=style.name, encoded=self.encoded[style.name], lora=config.lora,
+                    fine_tune=config.fine_tune, run=run,
+                )
+                for run in range(config.num_runs)
+            ]
+            for style in self.resolved.styles
+        }  # fmt: skip
+        style_stages.harvest_styles_together([run for each in runs.values() for run in each], runtime)
+        done = {name: [style_stages.harvest_style(run, runtime=runtime) for run in each] for name, each in runs.items()}
+        tasks = tuple(TaskHarvests(task=name, runs=tuple(artifacts)) for name, artifacts in done.items())
+        return Zoo(tasks=tasks, num_checkpoints=config.num_checkpoints)
+
+    def fit_generator(self, zoo: Zoo) -> stages.Generator:  # Sec. 3.2-3.3, Eq. 6-8
+        """The text pipeline's own stages; only the conditions are made from images."""
+        config, runtime = self.config, self.runtime
+        normalizer = stages.fit_normalization(config.normalization, zoo)
+        autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
+        conditions = style_stages.encode_style_conditions(
+            config.condition, config.condition_features, self.resolved.styles, config.splits, self.size, config.seed,
+            runtime=runtime,
+        )  # fmt: skip
+        diffusion = stages.fit_diffusion(
+            config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
+        )
+        return stages.Generator(
+            normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion
+        )
+
+    def scoring(self, style: ResolvedStyle) -> StyleScoringConfig:
+        config = self.config
+        return StyleScoringConfig(
+            base=self.base, style=style.name, encoded=self.encoded[style.name], real=self.real[style.name],
+            lora=config.lora, images=config.images, features=config.features, precision=config.fine_tune.precision,
+        )  # fmt: skip
+
+    def score(self, style: ResolvedStyle, zoo: Zoo, generator: stages.Generator) -> StyleArms:
+        """Generate from one held-out image, choose on the selection split, score every arm on the report split."""
+        config, scoring = self.config, self.scoring(style)
+        runs = next(entry.runs for entry in zoo.tasks if entry.task == style.name)
+        total = zoo.num_checkpoints * len(runs)
+        candidates = stages.generate_candidates(
+            config.sampling, generator, style.name, config.seed, runtime=self.runtime
+        )
+        original = VectorSet(
+            kind="checkpoints", sources=runs, num_checkpoints=zoo.num_checkpoints,
+            rows=evenly_spaced(total, min(total, config.scored_checkpoints or total)),
+        )  # fmt: skip
+        generated = VectorSet(kind="candidates", sources=(candidates,))
+        soup = VectorSet(kind="soup", sources=runs, num_checkpoints=zoo.num_checkpoints)
+
+        def choose(vectors: VectorSet) -> int:
+            scores = style_stages.score_style_selection(scoring, vectors, runtime=self.runtime)
+            return select(load_style_selection(scores, root(), style.name, config.select_by))
+
+        def report(vectors: VectorSet) -> StyleReportArtifact:
+            return style_stages.score_style_report(scoring, vectors, runtime=self.runtime)
+
+        return StyleArms(
+            style=style.name, real=self.real[style.name], chosen_original=choose(original),
+            chosen_candidate=choose(generated), no_lora=report(VectorSet(kind="zeros")), original=report(original),
+            soup=report(soup), generated=report(generated),
+        )  # fmt: skip
+
+    def report_inputs(self, zoo: Zoo, generator: stages.Generator, arms: tuple[StyleArms, ...]) -> StyleReportInputs:
+        """With the base itself against photographs, and the classifier of styles."""
+        photos, config = self.resolved.photos, self.config
+        names = tuple(self.real)
+        classifier = style_stages.fit_style_classifier(names, tuple(self.real[name] for name in names))
+        samples = style_stages.score_style_report(self.scoring(photos), VectorSet(kind="zeros"), runtime=self.runtime)
+        return StyleReportInputs(
+            base=self.base, image_size=self.size, photos=photos, styles=self.resolved.styles, splits=config.splits,
+            photo_real=self.real[photos.name], photo_samples=samples, classifier=classifier,
+            harvests=tuple(run for entry in zoo.tasks for run in entry.runs), autoencoder=generator.autoencoder,
+            diffusion=generator.diffusion, arms=arms,
+        )  # fmt: skip

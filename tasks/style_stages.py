@@ -1,0 +1,150 @@
+"""The cached stages that only styles have; the generator's own stages are those of text (`tasks/stages.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, write_json, write_tensors
+from cpdiff_core.config import RuntimeConfig, fingerprint
+from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest
+from cpdiff_core.domains.glue.stacks import device_of
+from cpdiff_core.domains.style.base import TEMPLATES, PretrainedBase, StyleBase, caption, encode_captions
+from cpdiff_core.domains.style.distances import fit_style_classifier as compute_classifier
+from cpdiff_core.domains.style.encoding import FEATURE_FILE, encode_features, style_conditions
+from cpdiff_core.domains.style.encoding import encode_style as compute_encoding
+from cpdiff_core.domains.style.features import FeatureConfig
+from cpdiff_core.domains.style.fine_tuning import StyleFineTuning, StyleHarvestConfig, group_key
+from cpdiff_core.domains.style.pretraining import caption_rows, pretrain, save_base
+from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
+from cpdiff_core.evaluation.style_scores import (
+    StyleReportArtifact,
+    StyleScoringConfig,
+    StyleSelectionArtifact,
+    score_style,
+)
+from cpdiff_core.generator.conditions import StyleImageCondition
+from cpdiff_core.lora.zoo import HARVEST_FILE, VectorSet
+from cpdiff_core.reports.style_page import write_style_report
+from cpdiff_core.reports.style_tables import StyleReportInputs
+from cpdiff_core.style_experiments import StyleExperimentConfig
+from tasks.locks import hold
+from tasks.stage import GIVEN, cache_key, folder, is_done, resume_state, root, stage
+
+CLASSIFIER_FILE = "classifier.json"
+
+
+@stage("pretrain_style_base", label=lambda config: f"{config.size.sample_size} px")
+def pretrain_style_base(
+    out: Path, config: PretrainedBase, photos: ResolvedStyle, splits: StyleSplits, seed: int, *, runtime: RuntimeConfig,
+    resume: ResumeState = GIVEN,
+) -> None:  # fmt: skip
+    """A tiny PixArt from scratch on the training photographs."""
+    device = device_of(runtime)
+    images = split_images(photos, splits, "train", config.size.sample_size)
+    texts = [caption(name, template) for name in caption_rows(images)[0] for template in TEMPLATES]
+    captions = encode_captions(StyleBase(kind="tiny"), Path(), texts, device)
+    options = {"seed": seed, "device": device, "runtime": runtime, "resume": resume}
+    model, losses = pretrain(config, images, captions, **options)  # type: ignore[arg-type]
+    save_base(model, out)
+    write_tensors(out / "losses.safetensors", {"losses": losses})
+
+
+@stage("encode_style", label=lambda style: style.name)
+def encode_style(
+    out: Path, base: StyleBase, style: ResolvedStyle, splits: StyleSplits, *, runtime: RuntimeConfig
+) -> None:
+    compute_encoding(out, base, style, splits, root(), runtime)
+
+
+@stage("style_features", label=lambda style: style.name)
+def style_features(
+    out: Path, features: FeatureConfig, style: ResolvedStyle, splits: StyleSplits, size: int, *, runtime: RuntimeConfig
+) -> None:
+    encode_features(out, features, style, splits, size, runtime)
+
+
+@stage("fit_style_classifier")
+def fit_style_classifier(out: Path, names: tuple[str, ...], real: tuple[Artifact, ...]) -> None:
+    """A linear probe that tells the styles and the photographs apart, on training images."""
+    features = {n: read_tensors(folder(a), FEATURE_FILE)["train"] for n, a in zip(names, real, strict=True)}
+    write_json(out / CLASSIFIER_FILE, compute_classifier(features).model_dump(mode="json"))
+
+
+@stage("harvest_style", label=lambda config: config.label)
+def harvest_style(
+    out: Path, config: StyleHarvestConfig, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN
+) -> None:
+    """Commit what a group pass has left, or else train this run alone."""
+    state = resume.load()
+    if state is None or not state[1].get("finished"):
+        harvest = StyleFineTuning([config], root(), runtime).run(runtime, resume)[0]
+    else:
+        harvest = CheckpointHarvest(**state[0])
+    write_tensors(out / HARVEST_FILE, harvest.tensors())
+
+
+def harvest_styles_together(configs: Sequence[StyleHarvestConfig], runtime: RuntimeConfig) -> None:
+    """Train every missing run that can share a pass, under the locks of all of them (as `stages.harvest_together`)."""
+    groups: dict[object, list[StyleHarvestConfig]] = {}
+    for config in configs:
+        if not _settled(harvest_style.artifact(config, runtime=runtime), runtime):
+            groups.setdefault(group_key(config), []).append(config)
+    for members in groups.values():
+        size = runtime.adapters_per_batch or len(members)
+        for first in range(0, len(members), size):
+            _harvest_group(members[first : first + size], runtime)
+
+
+def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:
+    if is_done(artifact):
+        return True
+    state = resume_state(artifact, runtime).load()
+    return state is not None and bool(state[1].get("finished"))
+
+
+def _harvest_group(members: Sequence[StyleHarvestConfig], runtime: RuntimeConfig) -> None:
+    artifacts = [harvest_style.artifact(config, runtime=runtime) for config in members]
+    with hold([cache_key(artifact) for artifact in artifacts]):
+        missing = [i for i, artifact in enumerate(artifacts) if not _settled(artifact, runtime)]
+        if len(missing) < 2:  # another process has trained the rest, or a single run: its own stage does that
+            return
+        name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
+        key = fingerprint("harvest_style_group", 1, {"members": name})
+        group = resume_state(Artifact(stage="harvest_style_group", fingerprint=key), runtime)
+        harvests = StyleFineTuning([members[i] for i in missing], root(), runtime).run(runtime, group)
+        for i, harvest in zip(missing, harvests, strict=True):
+            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True})
+        group.discard()
+
+
+@stage("encode_style_conditions")
+def encode_style_conditions(
+    out: Path, condition: StyleImageCondition, features: FeatureConfig, styles: tuple[ResolvedStyle, ...],
+    splits: StyleSplits, size: int, seed: int, *, runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    """Files as those of `stages.encode_conditions`, so that the generator's stages take them."""
+    y_QPE, y_QE, rows = style_conditions(condition, features, styles, splits, size, seed, runtime)
+    write_tensors(out / "conditions.safetensors", {"y_QPE": y_QPE, "y_QE": y_QE})
+    write_json(out / "prompts.json", {"tasks": [style.name for style in styles], "generation_rows": rows})
+
+
+@stage(
+    "score_style_selection",
+    returns=StyleSelectionArtifact,
+    label=lambda config, vectors: f"{config.style} {vectors.kind}",
+)
+def score_style_selection(out: Path, config: StyleScoringConfig, vectors: VectorSet, *, runtime: RuntimeConfig) -> None:
+    score_style(out, config, vectors, "selection", root(), runtime)
+
+
+@stage(
+    "score_style_report", returns=StyleReportArtifact, label=lambda config, vectors: f"{config.style} {vectors.kind}"
+)
+def score_style_report(out: Path, config: StyleScoringConfig, vectors: VectorSet, *, runtime: RuntimeConfig) -> None:
+    score_style(out, config, vectors, "report", root(), runtime)
+
+
+@stage("style_report", label=lambda config: config.name)
+def style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs) -> None:
+    write_style_report(out, config, inputs, root())
