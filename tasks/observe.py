@@ -41,6 +41,7 @@ def watched(artifact: Artifact) -> Iterator[None]:
     try:
         with observed(watch):
             yield
+        watch.complete()
     except Cancelled:
         _await_signal()
         raise
@@ -70,6 +71,11 @@ class _Watch:
                 self._show(stage, done, total)
             return self._goes_on()
         return True
+
+    def complete(self) -> None:
+        for identifier in self._progress.values():
+            with suppress(Exception):
+                update_progress_artifact(identifier, progress=100.0)
 
     def close(self) -> None:
         if self._client is not None:

@@ -63,4 +63,4 @@ def test_progress_is_an_artifact_in_the_ui(artifact_root: Path, monkeypatch: pyt
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
     assert [item.type for item in found] == ["progress"]
-    assert 0 < float(found[0].data) < 100
+    assert float(found[0].data) == 100.0

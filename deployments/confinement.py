@@ -1,0 +1,64 @@
+"""What comes from a form must stay where the worker's owner has put it.
+
+Whoever may start a flow run types names and paths. They are taken below the root and below the data folder only, which
+the worker's environment sets (PREFECT_LOCAL_STORAGE_PATH and CPDIFF_DATA_DIR), never a form.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.experiment_config import ExperimentConfig
+
+DATA_VARIABLE = "CPDIFF_DATA_DIR"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+
+
+def data_dir() -> Path | None:
+    """The folder with data that the worker's owner offers to forms, or None."""
+    value = os.environ.get(DATA_VARIABLE)
+    return Path(value).resolve() if value else None
+
+
+def runtime(device: str, num_threads: int | None) -> RuntimeConfig:
+    """How a run that was started from a form is computed."""
+    folder = data_dir()
+    return RuntimeConfig(device=device, num_threads=num_threads, data_dir=str(folder) if folder else None)
+
+
+def named_folder(parent: Path, field: str, name: str) -> Path:
+    """`parent/name`. Raises UserError unless `name` is a plain name, which `..`, slashes and links out are not."""
+    folder = parent / name
+    if not _NAME.fullmatch(name) or not folder.resolve().is_relative_to(parent.resolve()):
+        raise UserError(f"{field} {name!r}: must be a plain name of letters, digits, dots, dashes and underscores")
+    return folder
+
+
+def data_file(field: str, name: str) -> Path:
+    """A file below the data folder. Raises UserError if there is no data folder or the file lies outside."""
+    folder = data_dir()
+    if folder is None:
+        raise UserError(f"{field} {name!r}: this worker offers no files; set {DATA_VARIABLE} where it runs")
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder):
+        raise UserError(f"{field} {name!r}: must lie below {DATA_VARIABLE} of the worker; give a path relative to it")
+    return path
+
+
+def check_experiment(experiment: ExperimentConfig) -> None:
+    """Raises UserError if a full configuration from a form reads files outside the data folder."""
+    for task in experiment.tasks:
+        if task.data.kind == "files":
+            data_file(f"tasks.{task.name}.data.train", task.data.train)
+            data_file(f"tasks.{task.name}.data.validation", task.data.validation)
+    check_model("base_model.name", experiment.base_model.name)
+
+
+def check_model(field: str, name: str) -> None:
+    """Raises UserError if a model from a form is a folder: known names and hub ids (`owner/name`) only."""
+    part = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+    if not re.fullmatch(rf"{part}(/{part})?", name) or Path(name).exists():
+        raise UserError(f"{field} {name!r}: a form takes a known name or a hub id; use `cpdiff run` for a local folder")

@@ -1,0 +1,65 @@
+"""Names and paths from a form stay below the root and the data folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpdiff_core.config import UserError
+from cpdiff_core.experiments import QUICKSTART
+from deployments.confinement import check_experiment, check_model, data_file, named_folder
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "~", ".hidden", "a\0b", "a\n", "link"])
+def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    parent = tmp_path / "root"
+    parent.mkdir()
+    (parent / "link").symlink_to("/etc")
+    with pytest.raises(UserError, match=r"^name .*must be a plain name"):
+        named_folder(parent, "name", name)
+
+
+@given(st.text(max_size=20))
+def test_no_text_leads_out(name: str) -> None:
+    parent = Path("/nowhere/root")
+    try:
+        folder = named_folder(parent, "name", name)
+    except UserError:
+        return
+    assert folder.parent == parent
+    assert folder.resolve().parent == parent
+
+
+@pytest.mark.parametrize("name", ["../secret.csv", "/etc/passwd", "sub/../../secret.csv", "link.csv"])
+def test_files_outside_the_data_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "link.csv").symlink_to(tmp_path / "secret.csv")
+    monkeypatch.setenv("CPDIFF_DATA_DIR", str(data))
+    with pytest.raises(UserError, match="must lie below CPDIFF_DATA_DIR"):
+        data_file("request.select", name)
+    assert data_file("request.select", "sub/mine.csv") == data / "sub/mine.csv"
+    monkeypatch.delenv("CPDIFF_DATA_DIR")
+    with pytest.raises(UserError, match="offers no files"):
+        data_file("request.select", "mine.csv")
+
+
+@pytest.mark.parametrize("name", ["/models/mine", "../mine", "a/b/c", "~/mine", ".", "tests"])
+def test_local_models_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a known name or a hub id"):
+        check_model("base_model.name", name)
+
+
+def test_whole_configurations_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CPDIFF_DATA_DIR", str(tmp_path))
+    check_experiment(QUICKSTART)
+    values: dict[str, Any] = QUICKSTART.model_dump(mode="json")
+    values["tasks"][0]["data"] = {"kind": "files", "train": "a.csv", "validation": "../b.csv"}
+    with pytest.raises(UserError, match=r"tasks\.sst2\.data\.validation"):
+        check_experiment(type(QUICKSTART).model_validate(values))

@@ -1,0 +1,74 @@
+"""Deployments on a real server: made twice, with forms that a person understands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.responses import DeploymentResponse
+
+from cpdiff_core.experiments import EXPERIMENTS
+from deployments.deploy import DEPLOYMENTS, deploy
+
+
+def deployed() -> dict[str, DeploymentResponse]:
+    with get_client(sync_client=True) as client:
+        names = {item.name for item in DEPLOYMENTS}
+        return {item.name: item for item in client.read_deployments() if item.name in names}
+
+
+@pytest.fixture(scope="module")
+def lines(prefect_server: str) -> list[str]:
+    return deploy(gpus=2)
+
+
+def test_deploying_twice_changes_nothing_and_new_schedules_are_paused(lines: list[str]) -> None:
+    first = deployed()
+    assert first.keys() == {item.name for item in DEPLOYMENTS}
+    scheduled = {name: [slot.active for slot in item.schedules] for name, item in first.items() if item.schedules}
+    assert scheduled == {"run-benchmarks": [False], "nightly-reproduction": [False]}
+    assert deploy(gpus=2) == lines
+    second = deployed()
+    assert {name: item.id for name, item in first.items()} == {name: item.id for name, item in second.items()}
+    assert [len(second[name].schedules) for name in scheduled] == [1, 1]
+
+
+def test_schedules_are_switched_on_by_one_call_and_stay_on(lines: list[str]) -> None:
+    deploy(gpus=2, schedules="on")
+    deploy(gpus=2)
+    assert [slot.active for slot in deployed()["nightly-reproduction"].schedules] == [True]
+    deploy(gpus=2, schedules="off")
+    assert [slot.active for slot in deployed()["nightly-reproduction"].schedules] == [False]
+
+
+def test_nothing_of_this_machine_is_recorded(lines: list[str]) -> None:
+    for item in deployed().values():
+        assert item.path in (None, ".")
+        assert not item.pull_steps
+        assert item.entrypoint is not None
+        assert item.entrypoint.startswith("deployments.forms.")
+
+
+def test_gpu_pool_runs_one_flow_per_gpu(lines: list[str]) -> None:
+    with get_client(sync_client=True) as client:
+        assert client.read_work_pool("gpu").concurrency_limit == 2
+        assert client.read_work_pool("cpu").concurrency_limit is None
+
+
+def properties(name: str) -> dict[str, Any]:
+    return deployed()[name].parameter_openapi_schema["properties"]
+
+
+def test_every_field_of_every_form_is_described_and_has_a_default(lines: list[str]) -> None:
+    for item in DEPLOYMENTS:
+        for field, schema in properties(item.name).items():
+            assert schema.get("description"), f"{item.name}: {field}"
+            assert "default" in schema, f"{item.name}: {field}"
+
+
+def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: list[str]) -> None:
+    by_name, whole = properties("run-experiment")["experiment"]["anyOf"]
+    assert by_name["enum"] == list(EXPERIMENTS)
+    assert whole["$ref"].endswith("ExperimentConfig")
+    assert properties("run-benchmarks")["steps"]["minimum"] == 5

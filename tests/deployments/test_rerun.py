@@ -1,0 +1,114 @@
+"""Reruns on a fresh root, and what is said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from prefect import flow
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+from cpdiff_core.artifacts import Artifact, seal, write_json
+from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
+from tasks.stage import folder, is_done, root, stage
+
+
+@stage("rerun_toy")
+def toy(out: Path, value: int) -> None:
+    (out / "value.txt").write_text(str(value))
+
+
+@flow(persist_result=False)
+def toy_flow(value: int) -> Artifact:
+    return toy(value)
+
+
+def test_rerun_computes_again_and_puts_files_and_record_below_its_own_root(artifact_root: Path) -> None:
+    first = toy_flow(1)
+    fresh = fresh_roots(root(), "some/name").new()
+
+    @flow(persist_result=False)
+    def outer() -> None:
+        on_root(fresh, toy_flow, 1)
+
+    before = folder(first).stat().st_mtime_ns
+    outer()
+    assert folder(first).stat().st_mtime_ns == before
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: fresh}):
+        assert is_done(first)
+    assert fresh.is_relative_to(artifact_root / "reruns" / "some-name")
+
+
+def report(root: Path, key: str = "report/ff1", estimate: float = 50.0, weights: str = "same") -> None:
+    """A root with a report of experiment `a` on one fit."""
+    for name, config in (("fit/bb1", {}), (key, {"config": {"name": "a"}})):
+        path = root / name
+        path.mkdir(parents=True)
+        (path / "data.txt").write_text(weights if name.startswith("fit") else "report")
+        pd.DataFrame(
+            [
+                {
+                    "task": "sst2",
+                    "arm": "generated",
+                    "metric": "accuracy",
+                    "estimate": estimate,
+                    "low": 40.0,
+                    "high": 60.0,
+                }
+            ]
+        ).to_csv(path / "results.csv", index=False)
+        write_json(path / "config.json", {"inputs": config})
+        seal(path)
+        (path / "result.json").write_text("{}")
+
+
+def test_equal_roots_give_no_warning(tmp_path: Path) -> None:
+    report(tmp_path / "old")
+    report(tmp_path / "new")
+    assert compare("a", tmp_path / "old", tmp_path / "new") == []
+    assert compare("a", None, tmp_path / "new") == []
+
+
+def test_other_bytes_a_moved_score_and_another_configuration_are_each_named(tmp_path: Path) -> None:
+    report(tmp_path / "old")
+    report(tmp_path / "bytes", weights="other")
+    report(tmp_path / "score", estimate=61.0)
+    report(tmp_path / "config", key="report/ff2")
+    assert compare("a", tmp_path / "old", tmp_path / "bytes") == ["fit/bb1 has other bytes than before: data.txt"]
+    moved = compare("a", tmp_path / "old", tmp_path / "score")
+    assert moved[-1] == "sst2, generated: 61.0 is outside 40.0 to 60.0"
+    assert compare("a", tmp_path / "old", tmp_path / "config") == [
+        "the experiment itself has changed: its configuration, its data or a stage's version"
+    ]
+
+
+def test_previous_is_the_newest_rerun_with_a_report_and_old_ones_go(tmp_path: Path) -> None:
+    assert previous_root(tmp_path, "a") is None
+    report(tmp_path)
+    assert previous_root(tmp_path, "a") == tmp_path
+    runs = fresh_roots(tmp_path, "a")
+    report(runs.folder / "20260101T000000")
+    (runs.folder / "20260102T000000").mkdir()
+    assert previous_root(tmp_path, "a") == runs.folder / "20260101T000000"
+    runs.prune(1)
+    assert [path.name for path in runs.kept()] == ["20260102T000000"]
+
+
+@pytest.mark.parametrize(("ratio", "device", "count"), [(9.5, "x", 0), (8.5, "x", 1), (8.5, "y", 0)])
+def test_ratio_that_fell_by_more_than_a_tenth_on_the_same_device_is_a_warning(
+    tmp_path: Path, ratio: float, device: str, count: int
+) -> None:
+    for name, value, where in (("1.csv", 10.0, "x"), ("2.csv", ratio, device)):
+        row = {"device": where, "work": "harvest", "ours": 1.0, "reference_name": "plain loop", "ratio": value}
+        pd.DataFrame([row]).to_csv(tmp_path / name, index=False)
+    assert len(benchmark_warnings(tmp_path)) == count
+
+
+def test_warning_is_the_state_of_the_run(artifact_root: Path) -> None:
+    @flow(persist_result=False)
+    def ends_with(warnings: list[str]) -> object:
+        return warn("a", warnings, "somewhere")
+
+    assert ends_with(["it moved"], return_state=True).name == "Warning"
+    assert ends_with([], return_state=True).name == "Completed"
