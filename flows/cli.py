@@ -14,7 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
-from flows import cache, generator_commands
+from flows import cache, generator_commands, study_commands
 from flows.options import DataDir, ExperimentName, Root
 from tasks.environment import check_root, prepare
 from tasks.server import start_server
@@ -26,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(cache.app, name="cache")
 generator_commands.register(app)
+study_commands.register(app)
 
 INTERRUPTED = "interrupted; run the same command again to go on"
 

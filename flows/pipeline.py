@@ -30,6 +30,28 @@ def run_experiment(experiment: ExperimentConfig = QUICKSTART, runtime: RuntimeCo
     return str(report / "report.html")
 
 
+@flow(name="compute-experiment", persist_result=False)
+def compute_experiment(experiment: ExperimentConfig, runtime: RuntimeConfig = RuntimeConfig()) -> None:
+    """Compute everything behind a report and stop there: the report may pool it with other seeds.
+
+    Args:
+        experiment: What is computed.
+        runtime: Where and how fast.
+    """
+    compute(experiment, runtime)
+
+
+@flow(name="harvest-experiments", persist_result=False)
+def harvest_experiments(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig = RuntimeConfig()) -> None:
+    """Train all runs that several experiments need, in as few passes as possible.
+
+    Args:
+        experiments: Which experiments; runs that they share are trained once.
+        runtime: Where and how fast.
+    """
+    harvest_all(experiments, runtime)
+
+
 def compute(experiment: ExperimentConfig, runtime: RuntimeConfig) -> ReportInputs:
     """Everything behind one report: every arm of every task, with every seed. For use inside a flow."""
     resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
@@ -167,3 +189,17 @@ def continue_zoo(
 
 def rows_of(artifact: stages.Artifact | None, first: int, num: int) -> VectorSet | None:
     return artifact and VectorSet(kind="candidates", sources=(artifact,), rows=tuple(range(first, first + num)))
+
+
+def harvest_all(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig) -> None:
+    """Train all runs that the experiments need, in as few passes as possible."""
+    needed: dict[HarvestConfig, stages.Artifact] = {}
+    for experiment in experiments:
+        resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
+        heads = fit_heads(resolved, runtime)
+        for number in range(experiment.num_seeds):
+            seed = resolved.model_copy(update={"config": experiment.for_seed(number)})
+            needed |= {run: heads[run.task.name] for run in runs_of(seed)}
+    stages.harvest_together(list(needed), list(needed.values()), runtime)
+    for run, head in needed.items():
+        stages.harvest_checkpoints(run, head, runtime=runtime)

@@ -21,12 +21,14 @@ from cpdiff_core.evaluation.audit import diversity, iou_summary, novelty, resemb
 from cpdiff_core.evaluation.geometry import embed, geometry
 from cpdiff_core.evaluation.scores import ReportArtifact, load_predictions, write_scores
 from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES, MatchedDistance, match_distance
+from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
 from cpdiff_core.generator.probing import CHANGES, change_condition, trajectory
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.vectors import min_l2_product
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo, load_checkpoints
+from cpdiff_core.reports.comparison import comparison_frame, comparison_table, read_row
 from tasks.stage import folder, root, stage
 from tasks.stages import HEAD_FILE, Generator, load_normalizer
 
@@ -200,3 +202,14 @@ def score_full(
     state = read_tensors(folder(model), FULL_FILE)
     logits_VBC, labels_B = full_logits(config, base, task, splits, "report", state, runtime)
     write_scores(out, task.task, "report", logits_VBC, labels_B.numpy())
+
+
+@stage("table", label=lambda name: name)
+def table(out: Path, name: str, rows: tuple[ExperimentConfig, ...], reports: tuple[Artifact, ...]) -> None:
+    """Reports side by side: table.md, results.csv and summary.txt."""
+    read = [read_row(row, folder(report)) for row, report in zip(rows, reports, strict=True)]
+    arms = list(dict.fromkeys(arm for row in rows for arm in row.arms))
+    text = comparison_table(read, arms)
+    (out / "table.md").write_text(f"# {name}\n\n{text}\n", encoding="utf-8")
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    comparison_frame(read, arms).to_csv(out / "results.csv", index=False)

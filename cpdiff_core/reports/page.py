@@ -9,12 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import read_json
+from cpdiff_core.artifacts import read_json, write_json
 from cpdiff_core.evaluation.arms import MEANING
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.paper import paper_scores
 from cpdiff_core.reports.audit_section import audit_tasks, effect_line
+from cpdiff_core.reports.facts import FACTS_FILE, collect_facts
 from cpdiff_core.reports.figures import draw_figures
 from cpdiff_core.reports.inputs import ReportInputs, artifacts_in
 from cpdiff_core.reports.tables import (
@@ -23,6 +24,7 @@ from cpdiff_core.reports.tables import (
     collect,
     differences_frame,
     metric_of,
+    metrics_frame,
     results_frame,
     save_results,
     text_table,
@@ -34,7 +36,10 @@ def write_report(out: Path, config: ExperimentConfig, inputs: ReportInputs, root
     results = collect(inputs, root)
     audits = audit_tasks(inputs, results, root)
     save_results(out, results)
+    facts = collect_facts(inputs, audits, root)
+    write_json(out / FACTS_FILE, facts.model_dump(mode="json"))
     results_frame(results).to_csv(out / "results.csv", index=False)
+    metrics_frame(inputs, root).to_csv(out / "metrics.csv", index=False)
     differences = differences_frame(results)
     differences.to_csv(out / "differences.csv", index=False)
     figures = draw_figures(out, inputs, results, audits, root)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from cpdiff_core.artifacts import read_json, read_tensors, write_json, write_tensors
 from cpdiff_core.domains.glue.data import ResolvedTask
+from cpdiff_core.domains.glue.metrics import compute_metrics
 from cpdiff_core.evaluation.arms import ScoredArm, arm_predictions
 from cpdiff_core.evaluation.bootstrap import ResampledScore, TaskKey, average_over_tasks, claim, resample
 from cpdiff_core.reports.inputs import ReportInputs
@@ -44,6 +46,22 @@ def collect(inputs: ReportInputs, root: Path) -> Results:
             for arm in entries[0].arms
         }
     return with_average(results)
+
+
+def metrics_frame(inputs: ReportInputs, root: Path) -> pd.DataFrame:
+    """Every metric of every task for every arm, in points, means over vectors and seeds: task, metric, arm, points."""
+    rows = []
+    for entries in zip(*(seed.arms for seed in inputs.seeds), strict=True):
+        task = entries[0].task.task
+        for arm in entries[0].arms:
+            scores = []
+            for entry in entries:
+                predictions, labels = arm_predictions(entry.arm(arm.name), root, task)
+                scores.append({name: value.mean() for name, value in compute_metrics(task.metrics, predictions, labels).items()})
+            for name in scores[0]:
+                points = float(np.mean([score[name] for score in scores]))
+                rows.append({"task": task.name, "metric": name, "arm": arm.name, "points": points})
+    return pd.DataFrame(rows)
 
 
 def with_average(results: Results) -> Results:

@@ -1,0 +1,100 @@
+"""Commands that compute more than one experiment: results, table, search. Nothing heavy is imported before one runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpdiff_core.config import RuntimeConfig, UserError
+from flows.options import DataDir, Device, Root, Threads
+from tasks.environment import check_root, prepare
+from tasks.server import start_server
+
+
+def register(app: typer.Typer) -> None:
+    for command in (results, table, search):
+        app.command()(command)
+
+
+def results(
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="Folder that gets RESULTS.md and results/.")] = Path("docs"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the device.")] = 4,
+    only: Annotated[str, typer.Option(help="Only experiments whose name contains this.")] = "",
+) -> None:  # fmt: skip
+    """docs/RESULTS.md: Tables 1, 3, 4a, 4b, 4c on MiniLM with three seeds, the audit and the claims."""
+    started = time.monotonic()
+    runtime, server = _begin(device, root, data_dir, threads, progress=False)
+    from cpdiff_core.experiments import RESULTS
+    from flows.results import run_all, write_results
+
+    chosen = [item for item in RESULTS if only in item.name]
+    if not chosen:
+        raise UserError(f"--only {only!r}: is in no name; the names are {', '.join(item.name for item in RESULTS)}")
+    _wait(server)
+    reports = run_all(chosen, runtime, workers)
+    write_results(chosen, reports, out, runtime, time.monotonic() - started)
+    typer.echo(f"{out / 'RESULTS.md'}: {len(chosen)} experiments, {time.monotonic() - started:.0f} s")
+
+
+def table(
+    name: Annotated[str, typer.Argument(help="table1, table3, table4a, table4b, table4c or extra.")],
+    base: Annotated[str, typer.Option(help="minilm-l6, bert-base, roberta-base, deberta-base or gpt2.")] = "minilm-l6",
+    seeds: Annotated[int, typer.Option(min=1, help="So many seeds, pooled.")] = 1,
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
+) -> None:  # fmt: skip
+    """One of the paper's tables: every row computed, what rows share once, the paper's numbers beside."""
+    runtime, server = _begin(device, root, data_dir, threads, offline=base == "minilm-l6" and data_dir is not None)
+    from cpdiff_core.experiments import BASES, TABLES
+
+    for option, value, known in (("table", name, TABLES), ("--base", base, BASES)):
+        if value not in known:
+            raise UserError(f"{option} {value!r}: is unknown; choose one of {', '.join(known)}")
+    from flows.tables import reproduce_table
+
+    _wait(server)
+    made = Path(reproduce_table(name, base, seeds, runtime))  # type: ignore[arg-type]  # checked above
+    typer.echo(made.read_text(encoding="utf-8"))
+    typer.echo(f"table: {made}")
+
+
+def search(
+    out: Annotated[Path, typer.Option(help="JSON file that gets the kept set and the evidence.")],
+    base: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",
+    device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
+) -> None:  # fmt: skip
+    """The hyper-parameter search of Sec. 4.1 on the held-out split; kept under cpdiff_core/tuned it becomes a preset."""
+    runtime, server = _begin(device, root, data_dir, threads, offline=base == "minilm-l6" and data_dir is not None)
+    from cpdiff_core.domains.base_models import BaseModelConfig
+    from cpdiff_core.domains.glue.search import SearchConfig
+    from flows.search import search_hyper_parameters
+
+    _wait(server)
+    config = SearchConfig(base_model=BaseModelConfig(name=base))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    search_hyper_parameters(config, str(out.resolve()), runtime)
+    typer.echo(f"kept set and evidence: {out}")
+
+
+def _begin(
+    device: str, root: Path | None, data_dir: Path | None, threads: int | None, offline: bool = False, progress: bool = True
+) -> tuple[RuntimeConfig, Any]:
+    path = prepare(root, offline=offline)
+    check_root(path)
+    server = start_server(path)  # before the heavy imports, which take as long as the server needs
+    print(f"root       {path}", file=sys.stderr)
+    from flows.cli import checked_device  # at the top it would be a circle: cli registers these commands
+
+    runtime = RuntimeConfig(
+        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads, progress=progress
+    )
+    return runtime, server
+
+
+def _wait(server: Any) -> None:
+    if server is not None:
+        server.wait(timeout=120)
