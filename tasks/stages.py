@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.domains.base_models import BaseModel
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig
 from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest, FineTuning, HarvestConfig, group_key
 from cpdiff_core.domains.glue.heads import HeadConfig
 from cpdiff_core.domains.glue.heads import fit_head as compute_head
 from cpdiff_core.domains.glue.prompts import task_conditions
-from cpdiff_core.domains.glue.stacks import device_of
+from cpdiff_core.domains.glue.stacks import all_devices, device_of, forget_stacks
 from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, SelectionArtifact, score_vectors
 from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.generator.autoencoder import (
@@ -69,16 +70,46 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
     """Train every missing run that can share a pass, under the locks of all of them.
 
     Each finished run is left as a resume state that its own stage commits, so grouping and resuming are one
-    mechanism. A killed group goes on as the group it was, if the same runs are missing.
+    mechanism. A killed group goes on as the group it was, if the same runs are missing. Where there are several GPUs
+    the runs of a group are divided among them, one thread each.
     """
     groups: dict[object, list[tuple[HarvestConfig, Artifact]]] = {}
     for config, head in zip(configs, heads, strict=True):
         if not _settled(harvest_checkpoints.artifact(config, head, runtime=runtime), runtime):
             groups.setdefault(group_key(config), []).append((config, head))
+    devices = all_devices(runtime)
+    passes: list[list[tuple[HarvestConfig, Artifact]]] = []
     for members in groups.values():
-        size = runtime.adapters_per_batch or len(members)
-        for first in range(0, len(members), size):
-            _harvest_group(members[first : first + size], runtime)
+        size = min(runtime.adapters_per_batch or len(members), max(2, -(-len(members) // len(devices))))
+        passes += [members[first : first + size] for first in range(0, len(members), size)]
+    places = [runtime.model_copy(update={"device": device}) for device in devices]
+    with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
+        shares = [pool.submit(_harvest_passes, passes[i :: len(places)], place) for i, place in enumerate(places)]
+        for share in shares:
+            share.result()
+
+
+def _harvest_passes(passes: Sequence[Sequence[tuple[HarvestConfig, Artifact]]], runtime: RuntimeConfig) -> None:
+    for members in passes:
+        _harvest_fitting(members, runtime)
+
+
+def _harvest_fitting(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
+    """One pass; if the GPU's memory does not hold it, two passes of half the size."""
+    try:
+        _harvest_group(members, runtime)
+        return
+    except torch.OutOfMemoryError:
+        if len(members) == 1:
+            raise UserError(
+                f"{members[0][0].label}: does not fit the memory of {runtime.device}; lower fine_tune.batch_size or "
+                "fine_tune.max_length, or use a smaller base model"
+            ) from None
+    forget_stacks()
+    torch.cuda.empty_cache()
+    middle = len(members) // 2
+    _harvest_fitting(members[:middle], runtime)
+    _harvest_fitting(members[middle:], runtime)
 
 
 def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:

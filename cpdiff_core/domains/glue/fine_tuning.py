@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -254,8 +255,10 @@ class FineTuning:
         label = "harvest " + ", ".join(member.label for member in self.members[:3])
         label += f" and {len(self.members) - 3} more" if len(self.members) > 3 else ""
         every = 1 if self.stack.device.type == "cpu" else READ_EVERY  # reading a loss waits for the device
-        program = StepProgram(self, capture=runtime.capture_steps and self.stack.device.type == "cuda")
-        with track(label, total, runtime, done=self.step) as progress:
+        on_gpu = self.stack.device.type == "cuda"
+        program = StepProgram(self, capture=runtime.capture_steps and on_gpu)
+        here = torch.cuda.device(self.stack.device) if on_gpu else nullcontext()
+        with here, track(label, total, runtime, done=self.step) as progress:
             while self.step < total:
                 self.losses_ST[:, self.step] = program(self.step)
                 self.step += 1
@@ -399,7 +402,7 @@ class StepProgram:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other GPUs' threads go on
             self._losses[num_rows] = tuning.train_step(static, num_rows)
         self._graphs[num_rows] = graph
         for tensor, before in zip((tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK), state, strict=True):

@@ -82,6 +82,14 @@ def device_of(runtime: RuntimeConfig) -> torch.device:
     return torch.device(runtime.device)
 
 
+def all_devices(runtime: RuntimeConfig) -> list[str]:
+    """The devices that independent work may be spread over: every GPU, unless one (or the CPU) is named."""
+    device = device_of(runtime)
+    if device.type != "cuda" or device.index is not None:
+        return [str(device)]
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
 def build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, runtime: RuntimeConfig) -> Stack:
     """The base for stacks of adapters of this shape. Kept in memory for the next stage."""
     device = device_of(runtime)
@@ -93,7 +101,7 @@ def forget_stacks() -> None:
     _build_stack.cache_clear()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool) -> Stack:
     family = FAMILIES[base.family]
     classifier, _ = cached_classifier(base, num_classes)
