@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +33,10 @@ from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.measure import Measurement
 from tasks.stage import root
 
-Part = Literal["harvest", "harvest_large", "scoring", "generator", "growth"]
-ALL_PARTS: tuple[Part, ...] = ("harvest", "harvest_large", "scoring", "generator", "growth")
+Part = Literal["harvest", "harvest_large", "scoring", "generator", "growth", "several_gpus"]
+ALL_PARTS: tuple[Part, ...] = ("harvest", "harvest_large", "scoring", "generator", "growth", "several_gpus")
+EAGER_STEPS = 200
+"""Steps of the eager diffusion training that are timed; the whole training is so many times longer."""
 
 
 class Bench:
@@ -181,12 +184,17 @@ def generator(bench: Bench, config: ExperimentConfig) -> list[Measurement]:
         measure.synchronize(bench.device)
         middle = time.perf_counter()
         z_VCL = autoencoder.encode(w_VK.to(bench.device))
+        training = config.diffusion.training
+        factor = training.steps / EAGER_STEPS if compiled is False and bench.gpu else 1.0
+        shortened = training.model_copy(update={"steps": round(training.steps / factor)})
         diffusion, losses = fit_diffusion(
-            config.diffusion, condition, z_VCL, task_V, y_QPE, seed=0, device=bench.device, runtime=runtime
-        )
+            config.diffusion.model_copy(update={"training": shortened}), condition, z_VCL, task_V, y_QPE, seed=0,
+            device=bench.device, runtime=runtime,
+        )  # fmt: skip
         measure.synchronize(bench.device)
-        spent = time.perf_counter() - start
+        spent = (middle - start) + (time.perf_counter() - middle) * factor
         reference = reference or spent
+        name += f" (diffusion: {shortened.steps} steps measured, x {factor:.0f})" if factor > 1 else ""
         rows.append(
             Measurement(
                 work=f"autoencoder + diffusion training, {name}", ours=spent, unit="s", reference=reference,
@@ -206,6 +214,35 @@ def generator(bench: Bench, config: ExperimentConfig) -> list[Measurement]:
             Measurement(work=f"{num} candidates x {len(bench.tasks)} tasks, {scheduler}, {steps} steps, decoded", ours=spent,
                         unit="s", reference=last, reference_name="the slowest sampler above", ratio=last / spent)
         )  # fmt: skip
+    return rows
+
+
+def several_gpus(bench: Bench) -> list[Measurement]:
+    """The same runs on one GPU and divided among all, one thread each, as `harvest_together` does."""
+    if torch.cuda.device_count() < 2:
+        return []
+    rows = []
+    for num_runs in (1, 5):
+        members = bench.members(num_runs)
+        one = bench.tuning(members)
+        alone, _ = measure.stacked_loop(one, bench.steps, capture=True)
+        forget_stacks()
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        parts = [members[i :: len(devices)] for i in range(len(devices))]
+        tunings = [
+            FineTuning(part, [bench.head(m) for m in part], bench.runtime.model_copy(update={"device": device}))
+            for part, device in zip(parts, devices, strict=True)
+        ]
+        with ThreadPoolExecutor(len(devices)) as pool:
+            shares = [pool.submit(measure.stacked_loop, tuning, bench.steps, True) for tuning in tunings]
+            together = max(share.result()[0] for share in shares)
+        rows.append(
+            Measurement(
+                work=f"{len(members)} adapters on {len(devices)} GPUs", ours=bench.steps * len(members) / together,
+                unit="adapter-steps/s", reference=bench.steps * len(members) / alone, reference_name="the same on one GPU",
+                ratio=alone / together,
+            )  # fmt: skip
+        )
     return rows
 
 
@@ -245,6 +282,7 @@ def run_benchmarks(
     chosen: dict[Part, Callable[[], list[Measurement]]] = {
         "harvest": lambda: harvest(bench), "harvest_large": lambda: harvest_large(bench), "scoring": lambda: scoring(bench),
         "generator": lambda: generator(bench, experiment(config)), "growth": lambda: growth(bench),
+        "several_gpus": lambda: several_gpus(bench),
     }  # fmt: skip
     rows = [
         Measurement(work="large matrix product", ours=bench.rate / 1e12, unit=f"TFLOP/s in {bench.precision}", rate_share=1.0)
