@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,11 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
         passes += [members[first : first + size] for first in range(0, len(members), size)]
     places = [runtime.model_copy(update={"device": device}) for device in devices]
     with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
-        shares = [pool.submit(_harvest_passes, passes[i :: len(places)], place) for i, place in enumerate(places)]
+        # Prefect's settings, the root among them, belong to a context, which a new thread does not inherit.
+        shares = [
+            pool.submit(copy_context().run, _harvest_passes, passes[i :: len(places)], place)
+            for i, place in enumerate(places)
+        ]
         for share in shares:
             share.result()
 
