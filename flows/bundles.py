@@ -17,7 +17,8 @@ from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, load_pr
 from cpdiff_core.evaluation.selection import select
 from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment, resolve
 from cpdiff_core.lora.zoo import VectorSet, Zoo
-from flows.pipeline import fit_generator, fit_heads, harvest, runs_of
+from cpdiff_core.reports.facts import FACTS_FILE
+from flows.pipeline import fit_generator, fit_heads, harvest, run_experiment, runs_of
 from tasks import bundles, stages
 from tasks.stage import folder, root
 
@@ -46,8 +47,11 @@ def bundle_experiment(
     zoo = harvest(resolved, heads, runtime)
     generator = fit_generator(resolved, zoo, runtime)
     prompts = read_json(folder(generator.conditions), "prompts.json")["generation"] or [None] * len(resolved.tasks)
+    verdicts = _verdicts(experiment, runtime)
     cards = tuple(
-        _task_card(resolved, task, prompt, zoo, generator, heads[task.name], runtime)
+        _task_card(resolved, task, prompt, zoo, generator, heads[task.name], runtime).model_copy(
+            update={"verdict": verdicts.get(task.name)}
+        )
         for task, prompt in zip(resolved.tasks, prompts, strict=True)
     )
     settings = config.model_dump(mode="json", include={"fine_tune", "splits", "head", "num_runs", "normalization"})
@@ -61,6 +65,14 @@ def bundle_experiment(
     )  # fmt: skip
     task_heads = tuple(bundles.TaskHead(task=name, head=head) for name, head in heads.items())
     return str(folder(bundles.bundle_generator(card, generator, task_heads, zoo, num_references)))
+
+
+def _verdicts(experiment: ExperimentConfig, runtime: RuntimeConfig) -> dict[str, str]:
+    """task -> the audit's line, if the experiment asks for an audit."""
+    if experiment.audit is None:
+        return {}
+    report = Path(run_experiment(experiment, runtime)).parent
+    return {name: facts["verdict"] for name, facts in read_json(report, FACTS_FILE)["tasks"].items()}
 
 
 def _task_card(
