@@ -164,9 +164,9 @@ def test_altered_and_truncated_artifacts_name_the_stage(cli: CommandLine, tmp_pa
     shutil.rmtree(file.parent)
     outcome = cli.run(*command)
     assert outcome.code == 0, "the remedy helps"
-    assert ended(first, "Cached") == []
-    assert len(ended(outcome, "Completed")) == 2, "the damaged one and the report"
-    assert len(ended(outcome, "Cached")) == len(ended(first, "Completed")) - 2
+    computed = [line.split()[1] for line in ended(outcome, "Completed")]
+    assert sorted(computed) == ["report", "score_report"], "the damaged one and the report"
+    assert len(ended(outcome, "Cached")) >= len(ended(first, "Completed")) - 2
 
 
 def test_server_that_does_not_answer_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
