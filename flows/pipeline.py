@@ -188,7 +188,10 @@ def continue_zoo(
 
 
 def rows_of(artifact: stages.Artifact | None, first: int, num: int) -> VectorSet | None:
-    return artifact and VectorSet(kind="candidates", sources=(artifact,), rows=tuple(range(first, first + num)))
+    """Some vectors of an artifact; None if there is no artifact."""
+    if artifact is None:
+        return None
+    return VectorSet(kind="candidates", sources=(artifact,), rows=tuple(range(first, first + num)))
 
 
 def harvest_all(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig) -> None:

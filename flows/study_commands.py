@@ -57,7 +57,7 @@ def table(
     from flows.tables import reproduce_table
 
     _wait(server)
-    made = Path(reproduce_table(name, base, seeds, runtime))  # type: ignore[arg-type]  # checked above
+    made = Path(reproduce_table(name, base, seeds, runtime))  # type: ignore[call-overload]  # checked above
     typer.echo(made.read_text(encoding="utf-8"))
     typer.echo(f"table: {made}")
 

@@ -29,7 +29,7 @@ from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.vectors import min_l2_product
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo, load_checkpoints
 from cpdiff_core.reports.comparison import comparison_frame, comparison_table, read_row
-from tasks.stage import folder, root, stage
+from tasks.stage import GIVEN, folder, root, stage
 from tasks.stages import HEAD_FILE, Generator, load_normalizer
 
 AUDIT_FILE = "audit.json"
@@ -54,7 +54,7 @@ class Training(Config):
 @stage("continue_training", label=lambda config: f"{config[0].fine_tune.num_steps} steps of {len(config)} vectors")
 def continue_training(
     out: Path, config: tuple[HarvestConfig, ...], starts: tuple[VectorSet, ...], heads: tuple[Artifact, ...], *,
-    runtime: RuntimeConfig, resume: ResumeState,
+    runtime: RuntimeConfig, resume: ResumeState = GIVEN,
 ) -> None:  # fmt: skip
     """w_MK: vector i, trained on as config[i] says from the one vector of starts[i]. All share one stacked pass."""
     w_SK = torch.cat([start.load(root(), 0) for start in starts])

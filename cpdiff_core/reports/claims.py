@@ -67,10 +67,9 @@ def score_claims(setting: str, row: Row) -> list[Claim]:
     average = row.results[AVERAGE]
     better = average["generated"] - average["original (oracle)"]
     fair = average["generated"] - average["original (selected)"]
-    soups = {task: claim(scores["model soup"] - scores["original (oracle)"]) for task, scores in row.results.items() if task != AVERAGE}
-    fair_soups = {
-        task: claim(scores["model soup"] - scores["original (selected)"]) for task, scores in row.results.items() if task != AVERAGE
-    }
+    tasks = {task: scores for task, scores in row.results.items() if task != AVERAGE}
+    soups = {task: claim(scores["model soup"] - scores["original (oracle)"]) for task, scores in tasks.items()}
+    fair_soups = {task: claim(scores["model soup"] - scores["original (selected)"]) for task, scores in tasks.items()}
     claims = [
         Claim("generated is comparable to or better than original", setting,
               f"generated (selected) - original (oracle), average: both intervals above -{MARGIN:g}",
@@ -119,8 +118,9 @@ def audit_claims(setting: str, facts: Facts) -> list[Claim]:
     claims = [
         Claim("generated weights are not copies", setting, "in no task and seed are most candidates nearer to a training vector "
               "(on dW) than training vectors are to each other",
-              f"{sum(map(sum, (f.copies for f in tasks.values())))} copies of {n * len(facts.seeds) * len(tasks)}; distance "
-              f"{np.median(distances):.2g} x training's own (median)" + (f"; memorised: {', '.join(memorised)}" if memorised else ""),
+              f"{sum(sum(found.copies) for found in tasks.values())} copies of {n * len(facts.seeds) * len(tasks)}; distance "
+              f"{np.median(distances):.2g} x training's own (median)"
+              + (f"; memorised: {', '.join(memorised)}" if memorised else ""),
               "fails" if memorised else "holds"),
         Claim("generated weights are more widely dispersed than the originals", setting,
               "spread of generated / spread of training, each task: interval over seeds above 1",
@@ -164,17 +164,20 @@ def ablation_claims(rows: Mapping[str, Row], default: str) -> list[Claim]:
     }
     identity = average(default) - average("extra/minilm-no-autoencoder")
     return [
-        Claim("task normalisation beats batch beats none", default, "both differences of the mean of 20, average (coordinate axis)",
-              f"task - batch {difference_text(batch)}; batch - none {difference_text(none)}", all_hold([claim(batch), claim(none)])),
+        Claim("task normalisation beats batch beats none", default,
+              "both differences of the mean of 20, average (coordinate axis)",
+              f"task - batch {difference_text(batch)}; batch - none {difference_text(none)}",
+              all_hold([claim(batch), claim(none)])),
         Claim("larger N is better", default, "N = 500 - N = 1, mean of 20, average", difference_text(many), claim(many)),
         Claim("larger N is better on MRPC (paper: +4.5)", default, "N = 500 - N = 1, MRPC", difference_text(mrpc), claim(mrpc)),
-        Claim("more blocks are better", default, f"{ranges[-1].split('-', 1)[1]} - {ranges[0].split('-', 1)[1]}, mean of 20, average",
+        Claim("more blocks are better", default,
+              f"blocks {ranges[-1].split('-', 1)[1]} minus blocks {ranges[0].split('-', 1)[1]}, mean of 20, average",
               difference_text(blocks), claim(blocks)),
         Claim("description + examples beats the other conditions", default, "its difference to each, mean of 20, average",
               "; ".join(f"{name} {difference_text(found)}" for name, found in others.items()),
               all_hold([claim(found) for found in others.values()])),
-        Claim("the autoencoder helps the score", default, "with - without autoencoder, mean of 20, average", difference_text(identity),
-              claim(identity)),
+        Claim("the autoencoder helps the score", default, "with - without autoencoder, mean of 20, average",
+              difference_text(identity), claim(identity)),
     ]  # fmt: skip
 
 

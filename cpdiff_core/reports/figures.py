@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cpdiff_core.artifacts import read_json, read_tensors
 from cpdiff_core.domains.glue.metrics import metric
+from cpdiff_core.domains.glue.metrics import metric
 from cpdiff_core.evaluation.arms import arm_predictions
 from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
 from cpdiff_core.generator.probing import Trajectory
@@ -27,7 +28,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
-def draw_figures(out: Path, inputs: ReportInputs, results: Results, audits: dict[str, TaskAudit], root: Path) -> list[tuple[str, str]]:
+def draw_figures(
+    out: Path, inputs: ReportInputs, results: Results, audits: dict[str, TaskAudit], root: Path
+) -> list[tuple[str, str]]:
     """Write every figure that the experiment has data for. Returns (file name without ending, caption) of each."""
     if not audits:
         return []
@@ -109,6 +112,7 @@ def _novelty(audits: dict[str, TaskAudit], results: Results) -> Any:
         x = place([one.novelty.product.generated_median for one in audit.audits])
         _point(axis, x, results[task]["generated (mean)"].interval, "generated", COLOURS[0], "*", COLOURS[0], size=11)
         axis.axvline(1.0, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set_xscale("symlog", linthresh=1.0)
         axis.set_xlabel("distance to training (1: typical of training)")
         axis.set_ylabel(_short(metric_of(results[task]["generated (mean)"])))
     _shared_legend(figure, axes[0])
@@ -140,7 +144,8 @@ def _similarity(inputs: ReportInputs, root: Path) -> Any:
             groups[arm.name.removesuffix(" (mean)")] = (
                 _max_iou(predicted, labels, wrong_training, task.labels is None), predicted,
             )  # fmt: skip
-        order = ["training checkpoints", *[name for name in groups if name not in ("training checkpoints", "generated")], "generated"]
+        trivial = [name for name in groups if name not in ("training checkpoints", "generated")]
+        order = ["training checkpoints", *trivial, "generated"]  # the generated ones on top
         for name in order:
             similarity, predicted = groups[name]
             i = list(groups).index(name)
@@ -190,8 +195,8 @@ def _trajectory(found: Trajectory, nearest: dict[str, float | None]) -> Any:
     for i, (task, distances) in enumerate(found.distance.items()):
         colour = COLOURS[i % 7]
         axis.plot(found.steps, distances, color=colour, linestyle=_STYLES[i % 6], label=task)
-        if nearest.get(task):
-            axis.axhline(nearest[task], color=colour, linewidth=0.7, linestyle=":")
+        if (own := nearest.get(task)) is not None:
+            axis.axhline(own, color=colour, linewidth=0.7, linestyle=":")
     axis.set_yscale("log")
     axis.invert_xaxis()
     axis.set_xlabel("t (noise at the left, samples at the right)")
