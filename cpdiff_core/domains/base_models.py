@@ -153,7 +153,9 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
         folder = fetch_from_hub(repo_id, config.revision, (*MODEL_FILES, "*.bin", *TOKENIZER_FILES), "base_model.name")
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise UserError(f"base_model.name {config.name!r}: {str(folder)!r} has no config.json; give a folder saved by transformers")
+        raise UserError(
+            f"base_model.name {config.name!r}: {str(folder)!r} has no config.json; give a folder saved by transformers"
+        )
     try:
         family = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:

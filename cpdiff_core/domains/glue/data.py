@@ -142,7 +142,9 @@ def _read_frame(task: ResolvedTask, which: Literal["train", "validation"]) -> tu
         readers = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
         reader = readers.get(path.suffix.lower())
         if reader is None:
-            raise UserError(f"task {task.name!r}: file {path.name!r} is not CSV (.csv), JSON lines (.jsonl) or Parquet (.parquet)")
+            raise UserError(
+                f"task {task.name!r}: file {path.name!r} is not CSV (.csv), JSON lines (.jsonl) or Parquet (.parquet)"
+            )
         # A cache folder of its own: the library's shared cache is keyed by name and time, not by content.
         with tempfile.TemporaryDirectory() as scratch:
             table = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True)

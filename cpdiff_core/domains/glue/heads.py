@@ -94,10 +94,8 @@ def _fit(
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         logits = apply_head(features, fixed | free, dtype=torch.float64)[0]
-        if task.task.labels is None:
-            loss = F.mse_loss(logits[:, 0], target)
-        else:
-            loss = F.cross_entropy(logits, target.long())
+        regression = task.task.labels is None
+        loss = F.mse_loss(logits[:, 0], target) if regression else F.cross_entropy(logits, target.long())
         loss = loss + config.l2 * sum((value**2).sum() for name, value in free.items() if name.endswith("weight"))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
