@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cpdiff_core.config import Config
-from cpdiff_core.domains.style.base import EmbeddedBase, PixArtBase, PretrainedBase, StyleBaseConfig
+from cpdiff_core.domains.style.base import TINY_32, EmbeddedBase, PixArtBase, PretrainedBase, StyleBaseConfig
 from cpdiff_core.domains.style.features import EfficientNetLite0Features, FeatureConfig
 from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig
@@ -31,9 +31,7 @@ class StyleExperimentConfig(Config):
     photos: Style = Field(STYLES["photo"], description="What a tiny base is trained on and compared with.")
     styles: tuple[Style, ...] = Field(min_length=1, description="Q styles the generator is trained on.")
     splits: StyleSplits = StyleSplits()
-    lora: LoraSpec = Field(
-        LoraSpec(rank=4, lora_alpha=4.0), description="Rank and scale (ours: the paper states none)."
-    )
+    lora: LoraSpec = Field(LoraSpec(rank=4, lora_alpha=4.0), description="Rank and scale (ours: the paper states none).")
     fine_tune: StyleFineTuneConfig = StyleFineTuneConfig()
     num_runs: int = Field(1, ge=1, description="Runs per style; the paper harvests a single trajectory.")
     num_checkpoints: int = Field(64, ge=1, description="N: how many of the harvested checkpoints are used (paper: 64).")
@@ -47,9 +45,7 @@ class StyleExperimentConfig(Config):
         EfficientNetLite0Features(), description="Encoder of style images (paper: ResNet-18; ours is in the packages)."
     )
     diffusion: DiffusionConfig = DiffusionConfig()
-    sampling: SamplingConfig = Field(
-        SamplingConfig(num_candidates=8), description="Candidates (paper: unstated; ours 8)."
-    )
+    sampling: SamplingConfig = Field(SamplingConfig(num_candidates=8), description="Candidates (paper: unstated; ours 8).")
     images: ImageSamplingConfig = ImageSamplingConfig()
     features: FeatureConfig = Field(EfficientNetLite0Features(), description="Of the distance; inception gives FID.")
     select_by: Literal["kid", "frechet"] = Field(
@@ -63,9 +59,7 @@ class StyleExperimentConfig(Config):
         names = [style.name for style in (*self.styles, self.photos)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
-                f"styles: the name {twice[0]!r} occurs twice; names must differ, also from the photographs'"
-            )
+            raise ValueError(f"styles: the name {twice[0]!r} occurs twice; names must differ, also from the photographs'")
         if self.num_checkpoints > self.fine_tune.num_harvest:
             raise ValueError(
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest "
@@ -89,6 +83,21 @@ def resolve_styles(config: StyleExperimentConfig, data_dir: Path | None) -> Reso
         styles=tuple(resolve_style(style, data_dir) for style in config.styles),
     )  # fmt: skip
 
+
+BASE_32 = PretrainedBase(
+    size=TINY_32,
+    training=TrainingConfig(
+        steps=6000, batch_size=256, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"
+    ),
+)
+"""What the package ships: 1.8 M parameters, made by `python -m flows.style_base --size 32`."""
+
+BASE_64 = PretrainedBase(
+    training=TrainingConfig(
+        steps=6000, batch_size=128, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"
+    )
+)
+"""The default on a GPU: 20.4 M parameters."""
 
 TABLE2_NAMES = ("art_painting", "cartoon", "sketch", "van_gogh_drawing")
 
@@ -115,6 +124,7 @@ QUICKSTART_STYLE = StyleExperimentConfig(
 TABLE2 = StyleExperimentConfig(
     name="table2/tiny",
     description="Table 2 on the styles at hand, with a 64 px PixArt pretrained on photographs; minutes on a GPU.",
+    base=BASE_64,
     styles=tuple(STYLES[name] for name in TABLE2_NAMES),
     fine_tune=StyleFineTuneConfig(precision="bf16"),
 )

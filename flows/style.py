@@ -9,7 +9,7 @@ from prefect import flow
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, resolve_base, spec_of
 from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
-from cpdiff_core.domains.style.styles import ResolvedStyle
+from cpdiff_core.domains.style.styles import STYLES, ResolvedStyle
 from cpdiff_core.evaluation.selection import select
 from cpdiff_core.evaluation.style_scores import StyleReportArtifact, StyleScoringConfig, load_style_selection
 from cpdiff_core.lora.vectors import evenly_spaced
@@ -27,9 +27,7 @@ from tasks.stage import folder, root
 
 
 @flow(name="run-style-experiment", persist_result=False)
-def run_style_experiment(
-    experiment: StyleExperimentConfig = QUICKSTART_STYLE, runtime: RuntimeConfig = RuntimeConfig()
-) -> str:
+def run_style_experiment(experiment: StyleExperimentConfig = QUICKSTART_STYLE, runtime: RuntimeConfig = RuntimeConfig()) -> str:
     """Run one style experiment and return the path of its report.
 
     Args:
@@ -50,11 +48,38 @@ def style_base(resolved: ResolvedStyleExperiment, runtime: RuntimeConfig) -> Sty
     """The frozen image model: found, or pretrained on photographs by a stage."""
     config = resolved.config
     if isinstance(config.base, PretrainedBase):
-        artifact = style_stages.pretrain_style_base(
-            config.base, resolved.photos, config.splits, config.seed, runtime=runtime
-        )
+        artifact = style_stages.pretrain_style_base(config.base, resolved.photos, config.splits, config.seed, runtime=runtime)
         return StyleBase(kind="tiny", artifact=artifact)
     return resolve_base(config.base)
+
+
+@flow(name="measure-style-base", persist_result=False)
+def measure_style_base(
+    config: PretrainedBase, guidance_scales: tuple[float, ...], runtime: RuntimeConfig = RuntimeConfig()
+) -> str:
+    """Pretrain a base, choose the guidance on photographs kept for choosing, measure it on others; the folder of it."""
+    experiment = StyleExperimentConfig(name="style-base", base=config, styles=(STYLES["sketch"],))
+    resolved = resolve_styles(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
+    resolved = resolved.model_copy(update={"styles": ()})
+    pipeline = StylePipeline(resolved, style_base(resolved, runtime), runtime)
+    scoring, zeros = pipeline.scoring(resolved.photos), VectorSet(kind="zeros")
+
+    def at(scale: float) -> StyleScoringConfig:
+        images = scoring.images.model_copy(update={"guidance_scale": scale, "num_images": 512})
+        return scoring.model_copy(update={"images": images})
+
+    def distance(scale: float) -> float:
+        scores = style_stages.score_style_selection(at(scale), zeros, runtime=runtime)
+        score = load_style_selection(scores, root(), resolved.photos.name, "kid").scores[0]
+        return float("inf") if score is None else -score
+
+    chosen = min(guidance_scales, key=distance)
+    samples = style_stages.score_style_report(at(chosen), zeros, runtime=runtime)
+    quality = style_stages.style_base_quality(
+        pipeline.base, resolved.photos, experiment.splits, pipeline.size, pipeline.real[resolved.photos.name], samples,
+        chosen,
+    )  # fmt: skip
+    return str(folder(quality))
 
 
 class StylePipeline:
@@ -67,8 +92,7 @@ class StylePipeline:
         splits = self.config.splits
         self.encoded = {s.name: style_stages.encode_style(base, s, splits, runtime=runtime) for s in every}
         self.real = {
-            s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime)
-            for s in every
+            s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime) for s in every
         }
 
     def harvest(self) -> Zoo:  # Sec. 4.2
@@ -101,9 +125,7 @@ class StylePipeline:
         diffusion = stages.fit_diffusion(
             config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
         )
-        return stages.Generator(
-            normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion
-        )
+        return stages.Generator(normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion)
 
     def scoring(self, style: ResolvedStyle) -> StyleScoringConfig:
         config = self.config
@@ -117,9 +139,7 @@ class StylePipeline:
         config, scoring = self.config, self.scoring(style)
         runs = next(entry.runs for entry in zoo.tasks if entry.task == style.name)
         total = zoo.num_checkpoints * len(runs)
-        candidates = stages.generate_candidates(
-            config.sampling, generator, style.name, config.seed, runtime=self.runtime
-        )
+        candidates = stages.generate_candidates(config.sampling, generator, style.name, config.seed, runtime=self.runtime)
         original = VectorSet(
             kind="checkpoints", sources=runs, num_checkpoints=zoo.num_checkpoints,
             rows=evenly_spaced(total, min(total, config.scored_checkpoints or total)),

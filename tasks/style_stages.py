@@ -25,7 +25,7 @@ from cpdiff_core.evaluation.style_scores import (
 )
 from cpdiff_core.generator.conditions import StyleImageCondition
 from cpdiff_core.lora.zoo import HARVEST_FILE, VectorSet
-from cpdiff_core.reports.style_page import write_style_report
+from cpdiff_core.reports.style_page import write_base_quality, write_style_report
 from cpdiff_core.reports.style_tables import StyleReportInputs
 from cpdiff_core.style_experiments import StyleExperimentConfig
 from tasks.locks import hold
@@ -51,9 +51,7 @@ def pretrain_style_base(
 
 
 @stage("encode_style", label=lambda style: style.name)
-def encode_style(
-    out: Path, base: StyleBase, style: ResolvedStyle, splits: StyleSplits, *, runtime: RuntimeConfig
-) -> None:
+def encode_style(out: Path, base: StyleBase, style: ResolvedStyle, splits: StyleSplits, *, runtime: RuntimeConfig) -> None:
     compute_encoding(out, base, style, splits, root(), runtime)
 
 
@@ -72,9 +70,7 @@ def fit_style_classifier(out: Path, names: tuple[str, ...], real: tuple[Artifact
 
 
 @stage("harvest_style", label=lambda config: config.label)
-def harvest_style(
-    out: Path, config: StyleHarvestConfig, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN
-) -> None:
+def harvest_style(out: Path, config: StyleHarvestConfig, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN) -> None:
     """Commit what a group pass has left, or else train this run alone."""
     state = resume.load()
     if state is None or not state[1].get("finished"):
@@ -138,11 +134,18 @@ def score_style_selection(out: Path, config: StyleScoringConfig, vectors: Vector
     score_style(out, config, vectors, "selection", root(), runtime)
 
 
-@stage(
-    "score_style_report", returns=StyleReportArtifact, label=lambda config, vectors: f"{config.style} {vectors.kind}"
-)
+@stage("score_style_report", returns=StyleReportArtifact, label=lambda config, vectors: f"{config.style} {vectors.kind}")
 def score_style_report(out: Path, config: StyleScoringConfig, vectors: VectorSet, *, runtime: RuntimeConfig) -> None:
     score_style(out, config, vectors, "report", root(), runtime)
+
+
+@stage("style_base_quality")
+def style_base_quality(
+    out: Path, base: StyleBase, photos: ResolvedStyle, splits: StyleSplits, size: int, real: Artifact,
+    samples: StyleReportArtifact, guidance_scale: float,
+) -> None:  # fmt: skip
+    """The base against photographs held out of its training, with the floor, and samples beside their nearest."""
+    write_base_quality(out, base, photos, splits, size, real, samples, guidance_scale, root())
 
 
 @stage("style_report", label=lambda config: config.name)

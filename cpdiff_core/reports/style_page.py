@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import Artifact, read_tensors
+from cpdiff_core.artifacts import Artifact, read_tensors, write_json
+from cpdiff_core.domains.style.base import StyleBase
+from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
-from cpdiff_core.domains.style.styles import split_images
-from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, style_oracle
+from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
+from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact, style_oracle
 from cpdiff_core.reports.style_tables import (
     CHOSEN,
     GENERATED,
@@ -52,10 +55,8 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         rows, labels = style_sheet(entry, root)
         real = split_images(style, inputs.splits, "report", inputs.image_size).images_NCHW[:SHEET_COLUMNS]
         sheets.append((entry.style, _png(out, f"sheet_{entry.style}", [*rows, real]), [*labels, "real, of the report"]))
-    samples, nearest = base_sheet(inputs, root)
-    sheets.append(
-        ("the base itself", _png(out, "sheet_base", [samples, nearest]), ["sample", "nearest training photograph"])
-    )
+    samples, nearest = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
+    sheets.append(("the base itself", _png(out, "sheet_base", [samples, nearest]), ["sample", "nearest training photograph"]))
     environment = Environment(
         loader=PackageLoader("cpdiff_core.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -78,9 +79,7 @@ def style_headline(results: StyleResults) -> str:
     )
 
 
-def style_notes(
-    config: StyleExperimentConfig, inputs: StyleReportInputs, quality: tuple[StyleCell, StyleCell]
-) -> list[str]:
+def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, quality: tuple[StyleCell, StyleCell]) -> list[str]:
     """What one must know to read the table."""
     base, floor = quality
     chosen = {"kid": "KID", "frechet": "Fréchet distance"}[config.select_by]
@@ -110,20 +109,45 @@ def style_sheet(entry: StyleArms, root: Path) -> tuple[list[torch.Tensor], list[
         CHOSEN: (entry.generated, entry.chosen_candidate),
     }  # fmt: skip
     images = [
-        read_tensors(artifact.under(root), SAMPLE_FILE)["images_VNCHW"][row, :SHEET_COLUMNS]
-        for artifact, row in rows.values()
+        read_tensors(artifact.under(root), SAMPLE_FILE)["images_VNCHW"][row, :SHEET_COLUMNS] for artifact, row in rows.values()
     ]
     return images, list(rows)
 
 
-def base_sheet(inputs: StyleReportInputs, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def base_sheet(
+    photos: ResolvedStyle, splits: StyleSplits, size: int, real: Artifact, samples: StyleReportArtifact, root: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples of the base and, below each, the training photograph with the nearest features."""
-    tensors = read_tensors(inputs.photo_samples.under(root), SAMPLE_FILE)
-    train = read_tensors(inputs.photo_real.under(root), FEATURE_FILE)["train"]
+    tensors = read_tensors(samples.under(root), SAMPLE_FILE)
+    train = read_tensors(real.under(root), FEATURE_FILE)["train"]
     images = tensors["images_VNCHW"][0, :SHEET_COLUMNS]
     nearest = torch.cdist(tensors["features_VND"][0, : len(images)], train).argmin(1)
-    photos = split_images(inputs.photos, inputs.splits, "train", inputs.image_size).images_NCHW
-    return images, photos[nearest]
+    return images, split_images(photos, splits, "train", size).images_NCHW[nearest]
+
+
+def write_base_quality(
+    out: Path, base: StyleBase, photos: ResolvedStyle, splits: StyleSplits, size: int, real: Artifact,
+    samples: StyleReportArtifact, guidance_scale: float, root: Path,
+) -> None:  # fmt: skip
+    """Write quality.json and sheet.png. copies: share of samples nearer to a training photograph, on features, than
+    training photographs typically (median) are to each other."""
+    features = read_tensors(real.under(root), FEATURE_FILE)
+    x_ND = read_tensors(samples.under(root), SAMPLE_FILE)["features_VND"][0]
+    train = features["train"]
+    rows = torch.from_numpy(np.random.default_rng(0).permutation(len(train))[: len(x_ND)])
+    found = resampled_distance(x_ND, features["report"], photos.name).spread
+    floor = resampled_distance(train[rows], features["report"], photos.name).spread
+    apart = torch.cdist(train, train).fill_diagonal_(torch.inf).min(1).values
+    value = {
+        "base": base.model_dump(mode="json")["artifact"], "guidance_scale": guidance_scale, "num_images": len(x_ND),
+        "num_real": len(features["report"]), "frechet": found.model_dump(), "floor": floor.model_dump(),
+        "ratio": found.estimate / floor.estimate, "kid": kernel_distance(x_ND, features["report"]),
+        "floor_kid": kernel_distance(train[rows], features["report"]),
+        "copies": float((torch.cdist(x_ND, train).min(1).values < apart.median()).float().mean()),
+    }  # fmt: skip
+    write_json(out / "quality.json", value)
+    sheet = base_sheet(photos, splits, size, real, samples, root)
+    (out / "sheet.png").write_bytes(contact_sheet(list(sheet), scale=max(1, 96 // size)))
 
 
 def _png(out: Path, name: str, rows: list[torch.Tensor]) -> str:

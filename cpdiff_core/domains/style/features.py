@@ -21,9 +21,7 @@ from cpdiff_core.config import Config, LocalFile, RuntimeConfig, UserError
 from cpdiff_core.domains.style.efficientnet import load_efficientnet_lite0
 from cpdiff_core.progress import track
 
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 RESNET18_SHA256_START = "f37072fd"
@@ -45,9 +43,7 @@ class ResNet18Features(Config):
     """torchvision's ResNet-18 before its classifier, 512 wide (the paper's encoder of style images)."""
 
     kind: Literal["resnet18"] = "resnet18"
-    weights: LocalFile | None = Field(
-        None, description="A state dict (.pth or .safetensors); torchvision's own if None."
-    )
+    weights: LocalFile | None = Field(None, description="A state dict (.pth or .safetensors); torchvision's own if None.")
     input_size: int = Field(224, ge=64, le=512, description="Images are resized to this (torchvision's default).")
 
     @property
@@ -177,9 +173,7 @@ def _state_dict(weights: LocalFile | None, url: str, sha256_start: str, what: st
         raise UserError(f"{what}: weights {str(path)!r} cannot be read ({error.strerror}); check the path") from error
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(expected) or (what.startswith("Inception") and digest != INCEPTION_SHA256):
-        raise UserError(
-            f"{what}: weights {str(path)!r} have sha256 {digest[:12]}, not {expected[:12]}; fetch them again"
-        )
+        raise UserError(f"{what}: weights {str(path)!r} have sha256 {digest[:12]}, not {expected[:12]}; fetch them again")
     if path.suffix == ".safetensors":
         from safetensors.torch import load
 

@@ -113,9 +113,7 @@ class StyleFineTuning:
         self.captions = Captions(
             torch.cat([tensors["states_PTE"] for tensors in data]), torch.cat([tensors["mask_PT"] for tensors in data])
         ).to(self.device, dtype)
-        self.caption_of = torch.cat([t["caption_N"] + int(s) for t, s in zip(data, starts, strict=True)]).to(
-            self.device
-        )
+        self.caption_of = torch.cat([t["caption_N"] + int(s) for t, s in zip(data, starts, strict=True)]).to(self.device)
         w_K = initial_adapter(first.base, root, first.lora, first.fine_tune.seed)[0]
         self.w_SK = w_K.repeat(len(members), 1).to(self.device)
         self.adamw = AdamW(torch.zeros_like(self.w_SK), torch.zeros_like(self.w_SK))

@@ -20,7 +20,6 @@ from cpdiff_core.domains.style.base import (
     PIXELS,
     SPEC_FILE,
     TEMPLATES,
-    WEIGHT_FILE,
     Captions,
     PretrainedBase,
     to_model_range,
@@ -28,6 +27,8 @@ from cpdiff_core.domains.style.base import (
 from cpdiff_core.domains.style.styles import StyleImages
 from cpdiff_core.generator.diffusion import build_scheduler
 from cpdiff_core.generator.training import train
+
+_FILE_BYTES = 14 * 2**20
 
 
 def caption_rows(images: StyleImages) -> tuple[list[str], torch.Tensor]:
@@ -49,6 +50,10 @@ def pretrain(
         model = config.size.build()
         start_quietly(model)
     model.to(device)
+    if device.type == "cuda" and runtime.compile is not False:
+        for block in model.transformer_blocks:  # one program, which serves every block
+            block.compile(dynamic=False)
+        runtime = runtime.model_copy(update={"compile": None})  # the rest of the step is captured, not compiled
     x_NCHW = to_model_range(images.images_NCHW).to(device)
     class_N = caption_rows(images)[1].to(device)
     captions = captions.to(device)
@@ -63,9 +68,7 @@ def pretrain(
         chance_3B = torch.rand(3, size, generator=generator, device=device)
         t_B = ((stratum_B + chance_3B[0]) / size * steps).long().clamp_max(steps - 1)
         template_B = torch.randint(len(TEMPLATES), (size,), generator=generator, device=device)
-        caption_B = torch.where(
-            chance_3B[1] < config.caption_dropout, empty, class_N[row_B] * len(TEMPLATES) + template_B
-        )
+        caption_B = torch.where(chance_3B[1] < config.caption_dropout, empty, class_N[row_B] * len(TEMPLATES) + template_B)
         noise_BCHW = torch.randn(size, *x_NCHW.shape[1:], generator=generator, device=device)
         return row_B, chance_3B[2] < 0.5, t_B, caption_B, noise_BCHW
 
@@ -84,6 +87,8 @@ def pretrain(
 
     options: dict[str, Any] = {"seed": seed, "device": device, "runtime": runtime, "resume": resume}
     losses = train("pretrain style base", model, loss_of, draw, config.training, **options)
+    for block in model.transformer_blocks:
+        block._compiled_call_impl = None  # a compiled block cannot be copied
     return model.eval().requires_grad_(False), losses
 
 
@@ -103,8 +108,17 @@ def start_quietly(model: Any) -> None:
         nn.init.zeros_(block.attn2.to_out[0].weight)
 
 
-def save_base(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `base.json` and `transformer.safetensors`."""
+def save_base(model: Any, folder: Path) -> None:
+    """Write `base.json` and the weights it names: float16, in files of at most `_FILE_BYTES`, as code hosts like them."""
+    files: list[dict[str, torch.Tensor]] = [{}]
+    for name, value in model.state_dict().items():
+        half = value.half()
+        if sum(part.nbytes for part in files[-1].values()) + half.nbytes > _FILE_BYTES:
+            files.append({})
+        files[-1][name] = half
+    names = [f"transformer-{number}-of-{len(files)}.safetensors" for number in range(1, len(files) + 1)]
+    for name, tensors in zip(names, files, strict=True):
+        write_tensors(folder / name, tensors)
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    write_json(folder / SPEC_FILE, {"transformer": config, "process": PIXELS.model_dump(mode="json")})
-    write_tensors(folder / WEIGHT_FILE, {name: value.to(dtype) for name, value in model.state_dict().items()})
+    value = {"transformer": config, "process": PIXELS.model_dump(mode="json"), "weights": names}
+    write_json(folder / SPEC_FILE, value)

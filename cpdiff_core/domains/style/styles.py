@@ -171,8 +171,7 @@ def _from_table(style: Style, source: MetadataImages, base: Path, folder: Path) 
     wanted = [source.file_column, *(where.column for where in source.where), *filter(None, [source.class_column])]
     if missing := [column for column in wanted if column not in rows]:
         raise UserError(
-            f"style {style.name!r}: column {missing[0]!r} is not in {str(table)!r}; it has "
-            f"{', '.join(map(str, rows.columns))}"
+            f"style {style.name!r}: column {missing[0]!r} is not in {str(table)!r}; it has {', '.join(map(str, rows.columns))}"
         )
     for where in source.where:
         rows = rows[rows[where.column].str.contains(where.contains, case=False, regex=False)]
@@ -199,9 +198,7 @@ def load_images(resolved: ResolvedStyle, size: int) -> StyleImages:
     if isinstance(source, ExcerptImages):
         source = ParquetImages(path=resolved.files[0].path)
     table = _read_parquet(style, source, Path(resolved.files[0].path))
-    images = [
-        read_image(data, size, f"{style.name} row {row}") for row, data in enumerate(_bytes_of(style, source, table))
-    ]
+    images = [read_image(data, size, f"{style.name} row {row}") for row, data in enumerate(_bytes_of(style, source, table))]
     classes = tuple(map(str, table[source.class_column])) if source.class_column else (style.content,) * len(table)
     groups = np.arange(len(table))
     if source.group_column is not None:
@@ -218,8 +215,7 @@ def _read_parquet(style: Style, source: ParquetImages, path: Path) -> pd.DataFra
     for column in filter(None, [source.image_column, source.class_column, source.group_column]):
         if column not in table:
             raise UserError(
-                f"style {style.name!r}: column {column!r} is not in {str(path)!r}; it has "
-                f"{', '.join(map(str, table.columns))}"
+                f"style {style.name!r}: column {column!r} is not in {str(path)!r}; it has {', '.join(map(str, table.columns))}"
             )
     if table.empty:
         raise UserError(f"style {style.name!r}: {str(path)!r} has no rows")
@@ -243,9 +239,7 @@ def split_rows(images: StyleImages, splits: StyleSplits, name: str, split: Split
     groups = np.unique(images.groups)
     order = np.random.default_rng([splits.seed, zlib.crc32(name.encode())]).permutation(len(groups))
     sizes = np.bincount(images.groups)[groups][order].cumsum()
-    report = min(
-        round(splits.report_fraction * len(groups)), int(np.searchsorted(sizes, splits.max_report, side="right"))
-    )
+    report = min(round(splits.report_fraction * len(groups)), int(np.searchsorted(sizes, splits.max_report, side="right")))
     left = sizes[report:] - (sizes[report - 1] if report else 0)
     selection = min(
         round(splits.selection_fraction * len(groups)), int(np.searchsorted(left, splits.max_selection, side="right"))
