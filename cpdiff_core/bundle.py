@@ -30,6 +30,7 @@ from cpdiff_core.generator.conditions import (
     FewShotCondition,
     LearnedCondition,
     OneHotCondition,
+    StyleImageCondition,
     TaskInfoCondition,
     build_prompt,
     encode_texts,
@@ -130,6 +131,8 @@ class Generator:
         known = self.card.task(task) if task is not None else self._described_by(description)
         given = description if description is not None else known.description if known and examples else None
         where = f"generator {self.card.name!r}: its condition is {config.kind}"
+        if isinstance(config, StyleImageCondition):
+            raise UserError(f"{where}, which reads pictures; this command makes adapters for text models")
         if isinstance(config, OneHotCondition | LearnedCondition) and (known is None or examples):
             raise UserError(f"{where}, which knows no texts; give --task with one of {', '.join(self.card.task_names)}")
         if known is not None and not examples and (description is None or known == self._described_by(description)):
