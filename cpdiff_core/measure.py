@@ -123,8 +123,8 @@ def plain_loop(
 def stacked_loop(tuning: FineTuning, num_steps: int, capture: bool, warmup: int = 20) -> tuple[float, int]:
     """Seconds and unpadded tokens of `num_steps` steps of a whole stack, harvest copies included."""
     device = tuning.stack.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # of this thread
     program = StepProgram(tuning, capture)
     lengths, tokens, start = tuning.lengths, 0, 0.0
     # Every shape is captured before the clock starts, as a run of thousands of steps would have done early on.

@@ -6,6 +6,7 @@ go to a CSV file, a Prefect table artifact and, as text, to docs/BENCHMARKS.md.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,7 @@ class Bench:
     def members(self, num_runs: int = 1, rank: int = 1, batch_size: int = 32, num_harvest: int = 20) -> list[HarvestConfig]:
         fine_tune = FineTuneConfig(precision=self.precision, num_steps=4000, batch_size=batch_size, num_harvest=num_harvest)
         return [
-            HarvestConfig(
-                base=self.base, task=task, splits=SplitConfig(), lora=LoraSpec(rank=rank), fine_tune=fine_tune, run=run
-            )
+            HarvestConfig(base=self.base, task=task, splits=SplitConfig(), lora=LoraSpec(rank=rank), fine_tune=fine_tune, run=run)
             for task in self.tasks
             for run in range(num_runs)
         ]
@@ -95,9 +94,14 @@ def harvest(bench: Bench) -> list[Measurement]:
         )
         plain_seconds += spent / steps
         rows.append(
-            Measurement(work=f"plain loop, {member.task.name}", ours=steps / spent, unit="adapter-steps/s",
-                        rate_share=bench.share(tokens, spent, 2), note=f"{tokens / spent:.0f} tokens/s")
-        )  # fmt: skip
+            Measurement(
+                work=f"plain loop, {member.task.name}",
+                ours=steps / spent,
+                unit="adapter-steps/s",
+                rate_share=bench.share(tokens, spent, 2),
+                note=f"{tokens / spent:.0f} tokens/s",
+            )
+        )
     plain = len(bench.tasks) / plain_seconds
     for num_runs in (1, 5):
         for compiled in (False, True) if bench.gpu else (False,):
@@ -108,10 +112,15 @@ def harvest(bench: Bench) -> list[Measurement]:
             rows.append(
                 Measurement(
                     work=f"stacked harvest, {len(bench.tasks)} tasks x {num_runs} runs, r=1{', compiled' if compiled else ''}",
-                    ours=ours, unit="adapter-steps/s", reference=plain, reference_name="plain loop, one task after another",
-                    ratio=ours / plain, rate_share=bench.share(tokens, spent, 2), peak_gib=bench.peak_gib(),
+                    ours=ours,
+                    unit="adapter-steps/s",
+                    reference=plain,
+                    reference_name="plain loop, one task after another",
+                    ratio=ours / plain,
+                    rate_share=bench.share(tokens, spent, 2),
+                    peak_gib=bench.peak_gib(),
                     note=f"{tokens / spent:.0f} tokens/s",
-                )  # fmt: skip
+                )
             )
     return rows
 
@@ -125,16 +134,23 @@ def harvest_large(bench: Bench) -> list[Measurement]:
         rows.append(
             Measurement(
                 work=f"stacked harvest, {bench.base.name}, r=4{', compiled' if compiled else ''}",
-                ours=bench.steps * len(bench.tasks) / spent, unit="adapter-steps/s", reference=bench.rate / 1e12,
-                reference_name="TFLOP/s of a large matrix product", rate_share=bench.share(tokens, spent, 2),
-                peak_gib=bench.peak_gib(), note=f"{tokens / spent:.0f} tokens/s",
-            )  # fmt: skip
+                ours=bench.steps * len(bench.tasks) / spent,
+                unit="adapter-steps/s",
+                reference=bench.rate / 1e12,
+                reference_name="TFLOP/s of a large matrix product",
+                rate_share=bench.share(tokens, spent, 2),
+                peak_gib=bench.peak_gib(),
+                note=f"{tokens / spent:.0f} tokens/s",
+            )
         )
     return rows
 
 
 def scoring(bench: Bench) -> list[Measurement]:
-    """Many adapters (170 on a GPU: 150 checkpoints and 20 candidates) on a validation set in stacked passes, against loading each into PEFT."""
+    """Many adapters on a validation set in stacked passes, against loading each into PEFT.
+
+    On a GPU they are 170: 150 checkpoints and 20 candidates.
+    """
     forget_stacks()
     member = bench.members()[0]
     texts, _ = tokenize(member.task, member.splits, "report", bench.base, member.fine_tune.max_length)
@@ -151,11 +167,16 @@ def scoring(bench: Bench) -> list[Measurement]:
     tokens = int(texts.lengths.sum()) * len(w_VK)
     return [
         Measurement(
-            work=f"score {count} adapters on {len(texts)} examples, {member.task.name} validation", ours=ours, unit="s",
-            reference=plain / few * len(w_VK), reference_name=f"PEFT, one adapter at a time ({few} measured, x {len(w_VK) / few:.1f})",
-            ratio=plain / few * len(w_VK) / ours, rate_share=bench.share(tokens, ours, 1), peak_gib=bench.peak_gib(),
+            work=f"score {count} adapters on {len(texts)} examples, {member.task.name} validation",
+            ours=ours,
+            unit="s",
+            reference=plain / few * len(w_VK),
+            reference_name=f"PEFT, one adapter at a time ({few} measured, x {len(w_VK) / few:.1f})",
+            ratio=plain / few * len(w_VK) / ours,
+            rate_share=bench.share(tokens, ours, 1),
+            peak_gib=bench.peak_gib(),
             note=f"same class for {agree:.2%} of predictions",
-        )  # fmt: skip
+        )
     ]
 
 
@@ -188,32 +209,52 @@ def generator(bench: Bench, config: ExperimentConfig) -> list[Measurement]:
         factor = training.steps / EAGER_STEPS if compiled is False and bench.gpu else 1.0
         shortened = training.model_copy(update={"steps": round(training.steps / factor)})
         diffusion, losses = fit_diffusion(
-            config.diffusion.model_copy(update={"training": shortened}), condition, z_VCL, task_V, y_QPE, seed=0,
-            device=bench.device, runtime=runtime,
-        )  # fmt: skip
+            config.diffusion.model_copy(update={"training": shortened}),
+            condition,
+            z_VCL,
+            task_V,
+            y_QPE,
+            seed=0,
+            device=bench.device,
+            runtime=runtime,
+        )
         measure.synchronize(bench.device)
         spent = (middle - start) + (time.perf_counter() - middle) * factor
         reference = reference or spent
         name += f" (diffusion: {shortened.steps} steps measured, x {factor:.0f})" if factor > 1 else ""
         rows.append(
             Measurement(
-                work=f"autoencoder + diffusion training, {name}", ours=spent, unit="s", reference=reference,
-                reference_name="eager, float32", ratio=reference / spent, peak_gib=bench.peak_gib(),
+                work=f"autoencoder + diffusion training, {name}",
+                ours=spent,
+                unit="s",
+                reference=reference,
+                reference_name="eager, float32",
+                ratio=reference / spent,
+                peak_gib=bench.peak_gib(),
                 note=f"autoencoder {middle - start:.1f} s; last loss {float(losses[-100:].mean()):.4f}",
-            )  # fmt: skip
+            )
         )
     num, y_QE, last = 20, y_QPE[:, 0], None
-    for scheduler, steps in (("ddpm", 1000), ("ddim", 50), ("dpmsolver++", 20)) if bench.gpu else (("ddim", 50), ("dpmsolver++", 20)):
+    for scheduler, steps in (
+        (("ddpm", 1000), ("ddim", 50), ("dpmsolver++", 20)) if bench.gpu else (("ddim", 50), ("dpmsolver++", 20))
+    ):
         sampling = SamplingConfig(scheduler=scheduler, num_inference_steps=steps)
         spent = measure.seconds(
-            bench.device, lambda s=sampling: autoencoder.decode(diffusion.sample(y_QE, num, 0, s).flatten(0, 1)),
+            bench.device,
+            lambda s=sampling: autoencoder.decode(diffusion.sample(y_QE, num, 0, s).flatten(0, 1)),
             repeats=1 if steps > 100 else 5,
-        )  # fmt: skip
+        )
         last = last or spent
         rows.append(
-            Measurement(work=f"{num} candidates x {len(bench.tasks)} tasks, {scheduler}, {steps} steps, decoded", ours=spent,
-                        unit="s", reference=last, reference_name="the slowest sampler above", ratio=last / spent)
-        )  # fmt: skip
+            Measurement(
+                work=f"{num} candidates x {len(bench.tasks)} tasks, {scheduler}, {steps} steps, decoded",
+                ours=spent,
+                unit="s",
+                reference=last,
+                reference_name="the slowest sampler above",
+                ratio=last / spent,
+            )
+        )
     return rows
 
 
@@ -238,10 +279,13 @@ def several_gpus(bench: Bench) -> list[Measurement]:
             together = max(share.result()[0] for share in shares)
         rows.append(
             Measurement(
-                work=f"{len(members)} adapters on {len(devices)} GPUs", ours=bench.steps * len(members) / together,
-                unit="adapter-steps/s", reference=bench.steps * len(members) / alone, reference_name="the same on one GPU",
+                work=f"{len(members)} adapters on {len(devices)} GPUs",
+                ours=bench.steps * len(members) / together,
+                unit="adapter-steps/s",
+                reference=bench.steps * len(members) / alone,
+                reference_name="the same on one GPU",
                 ratio=alone / together,
-            )  # fmt: skip
+            )
         )
     return rows
 
@@ -250,23 +294,28 @@ def growth(bench: Bench) -> list[Measurement]:
     """How time and memory grow with the number of adapters in one stack and with the rank."""
     rows = []
     steps = max(5, bench.steps // 5)
-    cases = [(runs, 1) for runs in ((1, 2, 5, 10) if bench.gpu else (1, 2))] + [(1, rank) for rank in ((4, 16, 64) if bench.gpu else (4,))]
+    cases = [(runs, 1) for runs in ((1, 2, 5, 10) if bench.gpu else (1, 2))] + [
+        (1, rank) for rank in ((4, 16, 64) if bench.gpu else (4,))
+    ]
     for num_runs, rank in cases:
         members = bench.members(num_runs, rank=rank, num_harvest=5)
         tuning = bench.tuning(members)
         spent, tokens = measure.stacked_loop(tuning, steps, capture=bench.gpu)
         rows.append(
             Measurement(
-                work=f"growth: {len(members)} adapters, r={rank}, K={tuning.w_SK.shape[1]:,}", ours=spent / steps / len(members) * 1e3,
-                unit="ms per adapter-step", rate_share=bench.share(tokens, spent, 2), peak_gib=bench.peak_gib(),
-            )  # fmt: skip
+                work=f"growth: {len(members)} adapters, r={rank}, K={tuning.w_SK.shape[1]:,}",
+                ours=spent / steps / len(members) * 1e3,
+                unit="ms per adapter-step",
+                rate_share=bench.share(tokens, spent, 2),
+                peak_gib=bench.peak_gib(),
+            )
         )
     return rows
 
 
 @flow(name="run-benchmarks", persist_result=False)
 def run_benchmarks(
-    parts: list[Part] = list(ALL_PARTS), base_model: str = "minilm-l6", steps: int = 100, config: str = "glue6/minilm-r1",
+    parts: tuple[Part, ...] = ALL_PARTS, base_model: str = "minilm-l6", steps: int = 100, config: str = "glue6/minilm-r1",
     runtime: RuntimeConfig = RuntimeConfig(),
 ) -> str:  # fmt: skip
     """Measure speed on this machine and return the path of the CSV file.
@@ -287,16 +336,16 @@ def run_benchmarks(
     rows = [
         Measurement(work="large matrix product", ours=bench.rate / 1e12, unit=f"TFLOP/s in {bench.precision}", rate_share=1.0)
     ]
-    for part in parts:
-        if part in chosen:
-            rows += chosen[part]()
-    frame = pd.DataFrame([row.model_dump() for row in rows])
     name = torch.cuda.get_device_name(bench.device) if bench.gpu else f"CPU, {torch.get_num_threads()} threads"
-    frame.insert(0, "device", name)
-    stamp = time.strftime("%Y%m%dT%H%M%S")
-    path = root() / "benchmarks" / f"{stamp}.csv"
+    path = root() / "benchmarks" / f"{time.strftime('%Y%m%dT%H%M%S')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False)
+    for part in parts:
+        rows += chosen[part]()
+        frame = pd.DataFrame([row.model_dump() for row in rows])
+        frame.insert(0, "device", name)
+        frame.to_csv(path, index=False)  # after every part, so that nothing is lost to a kill
+        for row in rows[-3:]:
+            print(f"{part}: {row.work}: {row.ours:.4g} {row.unit}", file=sys.stderr, flush=True)
     create_table_artifact(frame.astype(object).where(frame.notna(), None).to_dict("records"), key="benchmarks")
     return str(path)
 
@@ -309,6 +358,7 @@ def table(path: Path) -> str:
         raise UserError(f"benchmark file {str(path)!r}: cannot be read; run `cpdiff benchmark` first") from error
     lines = ["| work | ours | compared with | ratio | share of matrix rate | peak GiB | note |", "|---|---|---|---|---|---|---|"]
     for row in frame.itertuples():
+
         def cell(value: object, form: str) -> str:
             return "" if value != value or value is None else form.format(value)
 

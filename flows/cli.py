@@ -34,10 +34,15 @@ INTERRUPTED = "interrupted; run the same command again to go on"
 def load_experiment(name: str) -> Any:
     """An experiment by name or from a JSON file. Raises UserError naming the first wrong field."""
     from cpdiff_core.experiments import ExperimentConfig, experiment
+    from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 
     if not name.endswith(".json"):
-        return experiment(name)
-    return read_config("experiment file", Path(name), ExperimentConfig)
+        return STYLE_EXPERIMENTS[name] if name in STYLE_EXPERIMENTS else experiment(name, also=STYLE_EXPERIMENTS)
+    try:
+        styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        styles = False  # whatever is wrong is said below
+    return read_config("experiment file", Path(name), StyleExperimentConfig if styles else ExperimentConfig)
 
 
 def read_config(what: str, path: Path, model: type[Any]) -> Any:
@@ -78,9 +83,11 @@ def first_fault(where: str, error: ValidationError) -> str:
 def list_experiments() -> None:
     """The experiments by name, with what they are for."""
     from cpdiff_core.experiments import EXPERIMENTS
+    from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 
-    width = max(map(len, EXPERIMENTS))
-    for name, item in EXPERIMENTS.items():
+    every = EXPERIMENTS | STYLE_EXPERIMENTS
+    width = max(map(len, every))
+    for name, item in every.items():
         typer.echo(f"{name:<{width}}  {item.description}")
 
 
@@ -112,11 +119,8 @@ def run(
         device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
         adapters_per_batch=adapters, progress=not quiet,
     )  # fmt: skip
-    from cpdiff_core.experiments import resolve
-
     typer.echo(json.dumps(experiment.model_dump(mode="json", exclude={"economies"}), indent=1), err=True)
-    resolved = resolve(experiment, data_dir)
-    typer.echo(f"base model {resolved.base.name}: {resolved.base.folder}", err=True)
+    typer.echo(f"base model {_found(experiment, data_dir)}", err=True)
     typer.echo(f"root       {path}", err=True)
     from tasks.report import tally
     from tasks.stage import clean
@@ -161,7 +165,7 @@ def benchmark(
         raise UserError(f"--part {sorted(unknown)[0]!r}: is unknown; choose among {', '.join(ALL_PARTS)}")
     if server is not None:
         server.wait(timeout=120)
-    result = Path(run_benchmarks([p for p in ALL_PARTS if not part or p in part], base_model, steps, runtime=runtime))
+    result = Path(run_benchmarks(tuple(p for p in ALL_PARTS if not part or p in part), base_model, steps, runtime=runtime))
     typer.echo(table(result))
     typer.echo(f"\nfigures: {result}")
 
@@ -177,14 +181,30 @@ def _check_users_server() -> None:
             )
 
 
+def _found(experiment: Any, data_dir: Path | None) -> str:
+    """Look for everything that an experiment needs before anything is computed. Returns what to say of its base."""
+    from cpdiff_core.experiments import ExperimentConfig, resolve
+    from cpdiff_core.style_experiments import resolve_styles
+
+    if isinstance(experiment, ExperimentConfig):
+        base = resolve(experiment, data_dir).base
+        return f"{base.name}: {base.folder}"
+    found = resolve_styles(experiment, data_dir).base
+    return f"{experiment.base.kind}: {found.folder if found else 'to be pretrained on ' + experiment.photos.name}"
+
+
 def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
     """The path of the report. Faults of Prefect itself are the user's to mend: a server that went away, a full disk."""
     import httpx
     from prefect.exceptions import PrefectException
 
+    from cpdiff_core.style_experiments import StyleExperimentConfig
     from flows.pipeline import run_experiment
+    from flows.style import run_style_experiment
 
     try:
+        if isinstance(experiment, StyleExperimentConfig):
+            return Path(run_style_experiment(experiment, runtime))
         return Path(run_experiment(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
