@@ -92,7 +92,7 @@ def autoencoder_warning(quality: dict[str, float]) -> str | None:
         return None
     return (
         f"WARNING: the autoencoder explains {explained:.1%} of the variance within tasks, a PCA of 16 components "
-        f"{reference:.1%}; the generator can draw little but task means."
+        f"{reference:.1%}; the generator cannot draw the rest{', little but task means' if explained < 0.5 else ''}."
     )
 
 
