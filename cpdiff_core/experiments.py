@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -250,11 +250,11 @@ EXPERIMENTS |= {row.name: row for base in BASES for table in TABLES.values() for
 EXPERIMENTS |= {item.name: item for item in RESULTS}
 
 
-def experiment(name: str) -> ExperimentConfig:
-    """An experiment by its name. Raises UserError with the nearest names if there is none."""
+def experiment(name: str, also: Iterable[str] = ()) -> ExperimentConfig:
+    """An experiment by its name. Raises UserError with the nearest names, those of `also` among them, if there is none."""
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    near = difflib.get_close_matches(name, EXPERIMENTS, n=3, cutoff=0.3) or list(EXPERIMENTS)[:3]
+    near = difflib.get_close_matches(name, [*EXPERIMENTS, *also], n=3, cutoff=0.3) or list(EXPERIMENTS)[:3]
     raise UserError(f"experiment {name!r}: is no known name and no .json file; nearest: {', '.join(near)} (see `cpdiff list`)")
 
 

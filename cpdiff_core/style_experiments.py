@@ -8,7 +8,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cpdiff_core.config import Config
-from cpdiff_core.domains.style.base import TINY_32, EmbeddedBase, PixArtBase, PretrainedBase, StyleBaseConfig
+from cpdiff_core.domains.style.base import (
+    TINY_32,
+    EmbeddedBase,
+    PixArtBase,
+    PretrainedBase,
+    StyleBase,
+    StyleBaseConfig,
+    resolve_base,
+)
 from cpdiff_core.domains.style.features import EfficientNetLite0Features, FeatureConfig
 from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig
@@ -72,14 +80,16 @@ class ResolvedStyleExperiment(Config):
     """A style experiment whose images have been found and digested."""
 
     config: StyleExperimentConfig
+    base: StyleBase | None = Field(description="None: it is still to be pretrained.")
     photos: ResolvedStyle
     styles: tuple[ResolvedStyle, ...]
 
 
 def resolve_styles(config: StyleExperimentConfig, data_dir: Path | None) -> ResolvedStyleExperiment:
-    """Find all images. Raises UserError for the first that is not there."""
+    """Find the base and all images. Raises UserError for the first that is not there."""
+    base = None if isinstance(config.base, PretrainedBase) else resolve_base(config.base)
     return ResolvedStyleExperiment(
-        config=config, photos=resolve_style(config.photos, data_dir),
+        config=config, base=base, photos=resolve_style(config.photos, data_dir),
         styles=tuple(resolve_style(style, data_dir) for style in config.styles),
     )  # fmt: skip
 

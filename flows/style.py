@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from cpdiff_core.config import RuntimeConfig
-from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, resolve_base, spec_of
+from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, spec_of
 from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
 from cpdiff_core.domains.style.styles import STYLES, ResolvedStyle
 from cpdiff_core.evaluation.selection import select
@@ -47,10 +47,11 @@ def run_style_experiment(experiment: StyleExperimentConfig = QUICKSTART_STYLE, r
 def style_base(resolved: ResolvedStyleExperiment, runtime: RuntimeConfig) -> StyleBase:
     """The frozen image model: found, or pretrained on photographs by a stage."""
     config = resolved.config
-    if isinstance(config.base, PretrainedBase):
-        artifact = style_stages.pretrain_style_base(config.base, resolved.photos, config.splits, config.seed, runtime=runtime)
-        return StyleBase(kind="tiny", artifact=artifact)
-    return resolve_base(config.base)
+    if resolved.base is not None:
+        return resolved.base
+    assert isinstance(config.base, PretrainedBase)
+    artifact = style_stages.pretrain_style_base(config.base, resolved.photos, config.splits, config.seed, runtime=runtime)
+    return StyleBase(kind="tiny", artifact=artifact)
 
 
 @flow(name="measure-style-base", persist_result=False)

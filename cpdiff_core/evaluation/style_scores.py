@@ -70,9 +70,7 @@ def score_style(
     stack = build_stack(config.base, root, config.lora, device, dtype)
     spec, codec = spec_of(config.base, root), ImageCodec(config.base, root, device)
     encoded = read_tensors(config.encoded.under(root), ENCODED_FILE)
-    prompts, captions = prompt_captions(
-        encoded, read_json(config.encoded.under(root), CLASS_FILE), config.images.num_images
-    )
+    prompts, captions = prompt_captions(encoded, read_json(config.encoded.under(root), CLASS_FILE), config.images.num_images)
     w_VK = vectors.load(root, stack.layout.num_parameters)
     seed = 2 * config.images.seed + (split == "report")
     label = f"{config.style} {vectors.kind} on {split}"
