@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cpdiff_core.artifacts import read_json, read_tensors
 from cpdiff_core.domains.glue.metrics import metric
-from cpdiff_core.domains.glue.metrics import metric
 from cpdiff_core.evaluation.arms import arm_predictions
 from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
 from cpdiff_core.generator.probing import Trajectory
