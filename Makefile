@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types install clean
+.PHONY: quickstart test torture lint types install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/cpdiff run quickstart
@@ -12,6 +12,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+KILLS ?= 100
+torture: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --kills $(KILLS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; make PYTHON=python3.11")'

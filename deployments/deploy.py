@@ -63,9 +63,7 @@ def make_pools(gpus: int) -> None:
                 )
             except ObjectAlreadyExists:
                 update = WorkPoolUpdate(description=description)
-                client.update_work_pool(
-                    name, update.model_copy(update={"concurrency_limit": limit}) if limit else update
-                )
+                client.update_work_pool(name, update.model_copy(update={"concurrency_limit": limit}) if limit else update)
 
 
 def is_active(flow_name: str, name: str) -> bool:
@@ -119,9 +117,7 @@ def main(
     if schedules not in (None, "on", "off"):
         raise UserError(f"--schedules {schedules!r}: must be on or off")
     if not os.environ.get("PREFECT_API_URL"):
-        raise UserError(
-            "PREFECT_API_URL: is not set; start `prefect server start` and set it to http://127.0.0.1:4200/api"
-        )
+        raise UserError("PREFECT_API_URL: is not set; start `prefect server start` and set it to http://127.0.0.1:4200/api")
     for line in deploy(gpus, schedules):  # type: ignore[arg-type]
         typer.echo(line)
 

@@ -161,9 +161,7 @@ def generate_adapters_form(
     }
     if request.base is not None:
         confinement.check_model("request.base", request.base)
-    lines = generate_adapters.fn(
-        generator, request.model_copy(update=files), str(out), confinement.runtime(device, None)
-    )
+    lines = generate_adapters.fn(generator, request.model_copy(update=files), str(out), confinement.runtime(device, None))
     return Completed(message="\n".join([*lines, f"adapters: {out}"])[:2000])
 
 

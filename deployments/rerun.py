@@ -20,8 +20,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Completed
 
-from cpdiff_core.artifacts import MANIFEST
-from tasks.inventory import REPORT_STAGE, Stored, survey
+from tasks.inventory import REPORT_STAGE, Stored, digests, survey
 
 REGRESSION = 0.9
 """A ratio below this share of the last one is a regression; timings on a quiet machine repeat within a few per cent."""
@@ -74,9 +73,7 @@ def compare(name: str, previous: Path | None, fresh: Path) -> list[str]:
         return []
     old, new = survey(previous), survey(fresh)
     shared = [key for key in new if key in old and old[key].complete and new[key].complete]
-    warnings = [
-        f"{key} has other bytes than before: {files}" for key in shared if (files := _differing(old[key], new[key]))
-    ]
+    warnings = [f"{key} has other bytes than before: {files}" for key in shared if (files := _differing(old[key], new[key]))]
     before, after = _report(old, name), _report(new, name)
     if before is None or after is None:
         return [*warnings, "one of the two has no report"]
@@ -91,15 +88,9 @@ def _report(stored: dict[str, Stored], name: str) -> Stored | None:
 
 
 def _differing(old: Stored, new: Stored) -> str:
-    """The names of the files that differ. The manifest has a digest of every one that must not."""
-    if (old.folder / MANIFEST).read_bytes() == (new.folder / MANIFEST).read_bytes():
-        return ""
-    names = sorted({path.name for item in (old, new) for path in item.folder.iterdir() if path.suffix != ".json"})
-    return ", ".join(name for name in names if _bytes(old.folder / name) != _bytes(new.folder / name)) or MANIFEST
-
-
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+    """The names of the files that differ and must not."""
+    before, after = digests(old), digests(new)
+    return ", ".join(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
 
 
 def _moved_scores(old: Path, new: Path) -> list[str]:

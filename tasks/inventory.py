@@ -24,6 +24,7 @@ from tasks.stage import SCRATCH_PREFIX
 
 REPORT_STAGE = "report"
 SELECTION_STAGE = "score_selection"
+TIMED = ("report.html", "facts.json")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ def size_of(folder: Path) -> int:
         except OSError:
             continue
     return total
+
+
+def digests(item: Stored) -> dict[str, str]:
+    """File -> sha256 of all files that are the same in every computation of an artifact; two files of a report are
+    not, they say how long the stages took."""
+    manifest = json.loads((item.folder / MANIFEST).read_text(encoding="utf-8"))
+    return {name: entry["sha256"] for name, entry in manifest.items() if name not in TIMED}
 
 
 def behind(stored: Mapping[str, Stored], key: str) -> set[str]:
