@@ -73,4 +73,4 @@ def test_model_that_is_not_on_this_machine_is_named_within_seconds(name: str) ->
     start = time.monotonic()
     with pytest.raises(UserError, match=r"base_model.name .*use an embedded default \(minilm-l6\)"):
         resolve_base_model(BaseModelConfig(name=name))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
