@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ def load_experiment(name: str) -> Any:
         return STYLE_EXPERIMENTS[name] if name in STYLE_EXPERIMENTS else experiment(name, also=STYLE_EXPERIMENTS)
     try:
         styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         styles = False  # whatever is wrong is said below
     return read_config("experiment file", Path(name), StyleExperimentConfig if styles else ExperimentConfig)
 
@@ -55,6 +56,8 @@ def read_config(what: str, path: Path, model: type[Any]) -> Any:
         raise UserError(f"{where}: cannot be read ({reason}); check the path") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
+        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: must hold one JSON object; `cpdiff show quickstart` prints an example")
     try:
@@ -67,7 +70,8 @@ def first_fault(where: str, error: ValidationError) -> str:
     """One line for the first fault of a configuration: the field, the value, what is expected."""
     faults = error.errors(include_url=False)
     fault = faults[0]
-    field = ".".join(str(part) for part in fault["loc"]) or "value"
+    parts = [str(part) for part in fault["loc"]]
+    field = ".".join(part if re.fullmatch(r"[\w.()-]{1,60}", part) else repr(part)[:60] for part in parts) or "value"
     shown = repr(fault["input"])
     value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
     message = fault["msg"].removeprefix("Value error, ")
