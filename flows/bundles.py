@@ -18,7 +18,8 @@ from cpdiff_core.evaluation.selection import select
 from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment, resolve
 from cpdiff_core.lora.zoo import VectorSet, Zoo
 from cpdiff_core.reports.facts import FACTS_FILE
-from flows.pipeline import fit_generator, fit_heads, harvest, run_experiment, runs_of
+from flows.pipeline import run_experiment
+from flows.steps import fit_generator, fit_heads, harvest, runs_of
 from tasks import bundles, stages
 from tasks.stage import folder, root
 

@@ -1,4 +1,7 @@
-"""The method on one screen: fine-tune and harvest, fit the generator, generate, choose, report."""
+"""The method on one screen: fine-tune and harvest, fit the generator, generate, choose, report.
+
+Each step is a stage of `tasks/stages.py`, computed once per input; `flows/steps.py` says which stage gets what.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,24 @@ from pathlib import Path
 from prefect import flow
 
 from cpdiff_core.config import RuntimeConfig
-from cpdiff_core.domains.glue.fine_tuning import HarvestConfig
 from cpdiff_core.experiments import QUICKSTART, ExperimentConfig, ResolvedExperiment, resolve
-from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
 from cpdiff_core.reports.inputs import ReportInputs, SeedInputs
-from flows.arms import TaskScorer, score_arms, train_on
-from tasks import arm_stages, stages
+from flows.arms import TaskScorer, score_arms
+from flows.steps import (
+    Artifact,
+    continue_zoo,
+    cut_to_blocks,
+    fit_generator,
+    fit_heads,
+    generate,
+    harvest,
+    harvest_all,
+    harvest_together,
+    rows_of,
+    runs_of,
+    with_audit,
+)
+from tasks import stages
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder
 
@@ -28,6 +43,36 @@ def run_experiment(experiment: ExperimentConfig = QUICKSTART, runtime: RuntimeCo
     report = folder(stages.report(experiment, compute(experiment, runtime)))
     publish(experiment.name, report)
     return str(report / "report.html")
+
+
+def compute(experiment: ExperimentConfig, runtime: RuntimeConfig) -> ReportInputs:
+    """Everything behind one report: every arm of every task, with every seed. For use inside a flow."""
+    resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
+    heads = fit_heads(resolved, runtime)
+    seeds = [
+        resolved.model_copy(update={"config": experiment.for_seed(number)}) for number in range(experiment.num_seeds)
+    ]
+    harvest_together([run for seed in seeds for run in runs_of(seed)], heads, runtime)  # all seeds in one pass
+    return ReportInputs(base=resolved.base, seeds=tuple(compute_seed(seed, heads, runtime) for seed in seeds))
+
+
+def compute_seed(resolved: ResolvedExperiment, heads: dict[str, Artifact], runtime: RuntimeConfig) -> SeedInputs:
+    """One seed: harvest, fit, generate, choose and score."""
+    config = resolved.config
+    zoo = harvest(resolved, heads, runtime)                                              # Sec. 4.1
+    generator = fit_generator(resolved, cut_to_blocks(resolved, zoo), runtime)           # Sec. 3.2-3.3, Eq. 6-8
+    annealed, tuned = continue_zoo(resolved, zoo, heads, runtime)                        # controls
+    scorers = [
+        TaskScorer(
+            resolved=resolved, task=task, head=heads[task.name], runs=zoo.tasks[q].runs, generator=generator,
+            generated=generate(resolved, task.name, zoo, generator, runtime),            # M candidates from noise
+            annealed=rows_of(annealed, q * config.num_runs, config.num_runs), tuned_soup=rows_of(tuned, q, 1),
+            runtime=runtime,
+        )
+        for q, task in enumerate(resolved.tasks)
+    ]  # fmt: skip
+    arms = tuple(score_arms(scorer) for scorer in scorers)                               # choose, then report
+    return with_audit(SeedInputs(seed=config.seed, zoo=zoo, generator=generator, arms=arms), config, scorers, runtime)
 
 
 @flow(name="compute-experiment", persist_result=False)
@@ -50,159 +95,3 @@ def harvest_experiments(experiments: tuple[ExperimentConfig, ...], runtime: Runt
         runtime: Where and how fast.
     """
     harvest_all(experiments, runtime)
-
-
-def compute(experiment: ExperimentConfig, runtime: RuntimeConfig) -> ReportInputs:
-    """Everything behind one report: every arm of every task, with every seed. For use inside a flow."""
-    resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
-    heads = fit_heads(resolved, runtime)
-    seeds = [
-        resolved.model_copy(update={"config": experiment.for_seed(number)}) for number in range(experiment.num_seeds)
-    ]
-    runs = [run for seed in seeds for run in runs_of(seed)]
-    stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)       # all seeds in one pass
-    return ReportInputs(base=resolved.base, seeds=tuple(compute_seed(seed, heads, runtime) for seed in seeds))
-
-
-def compute_seed(resolved: ResolvedExperiment, heads: dict[str, stages.Artifact], runtime: RuntimeConfig) -> SeedInputs:
-    """One seed: harvest, fit, generate, score."""
-    config, tasks = resolved.config, resolved.tasks
-    zoo = harvest(resolved, heads, runtime)                                              # Sec. 4.1
-    trained = zoo if config.blocks is None else cut_to_blocks(resolved, zoo)             # Tab. 4c
-    generator = fit_generator(resolved, trained, runtime)                                # Sec. 3.2-3.3, Eq. 6-8
-    annealed, tuned = continue_zoo(resolved, zoo, heads, runtime)
-    scorers = [
-        TaskScorer(
-            resolved=resolved, task=task, head=heads[task.name], runs=zoo.tasks[q].runs, generator=generator,
-            generated=generate(resolved, task.name, zoo, generator, runtime),
-            annealed=rows_of(annealed, q * config.num_runs, config.num_runs), tuned_soup=rows_of(tuned, q, 1),
-            runtime=runtime,
-        )
-        for q, task in enumerate(tasks)
-    ]  # fmt: skip
-    arms = tuple(score_arms(scorer) for scorer in scorers)
-    seed = SeedInputs(seed=config.seed, zoo=zoo, generator=generator, arms=arms)
-    if config.audit is None:
-        return seed
-    geometry = arm_stages.describe_geometry(
-        tuple(scorer.training for scorer in scorers), tuple(scorer.generated for scorer in scorers), config.seed
-    )
-    trajectory = arm_stages.sampling_trajectory(
-        config.sampling, generator, zoo, config.audit.num_trajectories, config.seed, runtime=runtime
-    )
-    return seed.model_copy(update={"geometry": geometry, "trajectory": trajectory})
-
-
-def fit_heads(resolved: ResolvedExperiment, runtime: RuntimeConfig) -> dict[str, stages.Artifact]:
-    """The head of every task, fixed from step 0 of every run."""
-    config = resolved.config
-    return {
-        task.name: stages.fit_head(
-            config.head, resolved.base, task, config.splits, config.fine_tune.max_length, runtime=runtime
-        )
-        for task in resolved.tasks
-    }
-
-
-def runs_of(resolved: ResolvedExperiment) -> list[HarvestConfig]:
-    """The runs of one seed, task by task."""
-    config = resolved.config
-    return [
-        HarvestConfig(
-            base=resolved.base, task=task, splits=config.splits, lora=config.lora, fine_tune=config.fine_tune, run=run
-        )
-        for task in resolved.tasks
-        for run in range(config.num_runs)
-    ]
-
-
-def harvest(resolved: ResolvedExperiment, heads: dict[str, stages.Artifact], runtime: RuntimeConfig) -> Zoo:
-    """The last checkpoints of every run of every task. Missing runs train together, each is cached alone."""
-    config, runs = resolved.config, runs_of(resolved)
-    stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
-    done = [stages.harvest_checkpoints(run, heads[run.task.name], runtime=runtime) for run in runs]
-    tasks = tuple(
-        TaskHarvests(task=task.name, runs=tuple(done[q * config.num_runs : (q + 1) * config.num_runs]))
-        for q, task in enumerate(resolved.tasks)
-    )
-    return Zoo(tasks=tasks, num_checkpoints=config.num_checkpoints)
-
-
-def cut_to_blocks(resolved: ResolvedExperiment, zoo: Zoo) -> Zoo:
-    """The zoo of the columns that are generated."""
-    config = resolved.config
-    assert config.blocks is not None
-    tasks = tuple(
-        entry.model_copy(
-            update={"runs": tuple(arm_stages.select_blocks(resolved.base, config.lora, config.blocks, run) for run in entry.runs)}
-        )
-        for entry in zoo.tasks
-    )
-    return zoo.model_copy(update={"tasks": tasks})
-
-
-def fit_generator(resolved: ResolvedExperiment, zoo: Zoo, runtime: RuntimeConfig) -> stages.Generator:
-    """Normalisation statistics, autoencoder, conditions and conditional diffusion, each a stage."""
-    config = resolved.config
-    normalizer = stages.fit_normalization(config.normalization, zoo)
-    autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
-    conditions = stages.encode_conditions(config.condition, resolved.tasks, config.splits, config.seed, runtime=runtime)
-    diffusion = stages.fit_diffusion(
-        config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
-    )
-    return stages.Generator(normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion)
-
-
-def generate(
-    resolved: ResolvedExperiment, task: str, zoo: Zoo, generator: stages.Generator, runtime: RuntimeConfig
-) -> VectorSet:
-    """The candidates of one task, whole vectors."""
-    config = resolved.config
-    candidates = stages.generate_candidates(config.sampling, generator, task, config.seed, runtime=runtime)
-    if config.blocks is not None:
-        entry = next(entry for entry in zoo.tasks if entry.task == task)
-        training = arm_stages.Training(
-            base=resolved.base, lora=config.lora, task=next(t for t in resolved.tasks if t.name == task), runs=entry.runs,
-            num_checkpoints=config.num_checkpoints,
-        )  # fmt: skip
-        candidates = arm_stages.fill_blocks(training, config.blocks, candidates)
-    return VectorSet(kind="candidates", sources=(candidates,))
-
-
-def continue_zoo(
-    resolved: ResolvedExperiment, zoo: Zoo, heads: dict[str, stages.Artifact], runtime: RuntimeConfig
-) -> tuple[stages.Artifact | None, stages.Artifact | None]:
-    """The annealed end of every run, and the soup of every task trained on, where the experiment asks for them."""
-    config, runs = resolved.config, runs_of(resolved)
-    annealed = tuned = None
-    if "annealed" in config.arms:
-        ends = [VectorSet(kind="checkpoints", sources=(run,), num_checkpoints=1) for entry in zoo.tasks for run in entry.runs]
-        annealed = train_on(runs, ends, [heads[run.task.name] for run in runs], config.annealing, runtime)
-    if "soup fine-tuned" in config.arms:
-        firsts = runs[:: config.num_runs]
-        soups = [
-            VectorSet(kind="soup", sources=entry.runs, num_checkpoints=config.num_checkpoints) for entry in zoo.tasks
-        ]
-        tuned = train_on(firsts, soups, [heads[run.task.name] for run in firsts], config.soup_tuning, runtime)
-    return annealed, tuned
-
-
-def rows_of(artifact: stages.Artifact | None, first: int, num: int) -> VectorSet | None:
-    """Some vectors of an artifact; None if there is no artifact."""
-    if artifact is None:
-        return None
-    return VectorSet(kind="candidates", sources=(artifact,), rows=tuple(range(first, first + num)))
-
-
-def harvest_all(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig) -> None:
-    """Train all runs that the experiments need, in as few passes as possible."""
-    needed: dict[HarvestConfig, stages.Artifact] = {}
-    for experiment in experiments:
-        resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
-        heads = fit_heads(resolved, runtime)
-        for number in range(experiment.num_seeds):
-            seed = resolved.model_copy(update={"config": experiment.for_seed(number)})
-            needed |= {run: heads[run.task.name] for run in runs_of(seed)}
-    stages.harvest_together(list(needed), list(needed.values()), runtime)
-    for run, head in needed.items():
-        stages.harvest_checkpoints(run, head, runtime=runtime)

@@ -8,7 +8,8 @@ from prefect import flow
 
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.experiments import TABLES, BaseName, ExperimentConfig, TableName
-from flows.pipeline import compute, harvest_all
+from flows.pipeline import compute
+from flows.steps import harvest_all
 from tasks import arm_stages, stages
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder

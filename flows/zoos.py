@@ -17,7 +17,7 @@ from cpdiff_core.export import write_zoo_card
 from cpdiff_core.lora.vectors import evenly_spaced
 from cpdiff_core.lora.zoo import TaskHarvests, Zoo, load_checkpoints
 from cpdiff_core.zoo_folder import ZooGeneratorConfig, base_name_of, find_zoo, shared_shape, write_zoo_task
-from flows.pipeline import fit_heads, harvest, runs_of
+from flows.steps import fit_heads, harvest, runs_of
 from tasks import bundles, stages
 from tasks.stage import folder
 
