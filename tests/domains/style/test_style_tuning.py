@@ -1,0 +1,205 @@
+"""Stacked adapters and stacked fine-tuning against PEFT one at a time; groups, harvest, resumption, faults."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from style_bases import saved_tiny_base
+
+from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_tensors
+from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.domains.style.base import TARGET_MODULES, Captions, StyleBase, load_transformer, spec_of
+from cpdiff_core.domains.style.fine_tuning import (
+    ENCODED_FILE,
+    StyleFineTuneConfig,
+    StyleFineTuning,
+    StyleHarvestConfig,
+)
+from cpdiff_core.domains.style.sampling import ImageSamplingConfig, draw_prompts, sample_images
+from cpdiff_core.domains.style.stack import build_stack, initial_adapter
+from cpdiff_core.lora.layout import LoraSpec
+
+CPU, QUIET = torch.device("cpu"), RuntimeConfig(device="cpu", progress=False)
+LORA = LoraSpec(rank=2, lora_alpha=6.0)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> StyleBase:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    return saved_tiny_base(folder)[0]
+
+
+def encoded(root: Path, name: str, num: int = 12, seed: int = 0) -> Artifact:
+    generator = torch.Generator().manual_seed(seed)
+    artifact = Artifact(stage="encode_style", fingerprint=name)
+    write_tensors(
+        artifact.under(root) / ENCODED_FILE,
+        {
+            "images": torch.randint(0, 256, (num, 3, 8, 8), generator=generator, dtype=torch.uint8),
+            "caption_N": torch.randint(2, (num,), generator=generator),
+            "states_PTE": torch.randn(3, 12, 384, generator=generator), "mask_PT": torch.ones(3, 12),
+        },
+    )  # fmt: skip
+    seal(artifact.under(root))
+    return artifact
+
+
+def member(base: StyleBase, root: Path, name: str, seed: int = 0, **changes: object) -> StyleHarvestConfig:
+    values = {"num_steps": 5, "batch_size": 4, "warmup_steps": 2, "num_harvest": 3, "harvest_every": 2} | changes
+    return StyleHarvestConfig(
+        base=base, style=name, encoded=encoded(root, name, seed=seed), lora=LORA,
+        fine_tune=StyleFineTuneConfig(**values),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def injected(base: StyleBase, w_K: torch.Tensor) -> torch.nn.Module:
+    """The base with PEFT's own adapter holding w_K, names without the prefix of a wrapped model."""
+    _, layout = initial_adapter(base, Path(), LORA, 0)
+    config = LoraConfig(r=LORA.rank, lora_alpha=LORA.lora_alpha, target_modules=list(TARGET_MODULES))
+    model = inject_adapter_in_model(config, copy.deepcopy(load_transformer(base, Path())))
+    state = {name.removeprefix("base_model.model."): value for name, value in layout.unflatten(w_K).items()}
+    set_peft_model_state_dict(model, state)
+    assert list(get_peft_model_state_dict(model)) == [name.removeprefix("base_model.model.") for name in layout.names]
+    return model
+
+
+def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase) -> None:
+    stack = build_stack(base, Path(), LORA, CPU, torch.float32)
+    torch.manual_seed(0)
+    w_SK = 0.3 * torch.randn(3, stack.layout.num_parameters)
+    x, t = torch.randn(6, 3, 8, 8), torch.tensor([5, 900, 30, 400, 2, 77])
+    captions = Captions(torch.randn(6, 12, 384), (torch.rand(6, 12) > 0.4).float())
+    found = stack(w_SK, x, t, captions)
+    apart = 0.0
+    for s in range(3):
+        rows = slice(2 * s, 2 * s + 2)
+        with torch.no_grad():
+            expected = injected(base, w_SK[s])(
+                x[rows], encoder_hidden_states=captions.states_PTE[rows], timestep=t[rows],
+                encoder_attention_mask=captions.mask_PT[rows],
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample  # fmt: skip
+        torch.testing.assert_close(found[rows], expected, atol=1e-4, rtol=1e-4)
+        plain = stack(torch.zeros_like(w_SK[:1]), x[rows], t[rows], captions.rows(torch.arange(6)[rows]))
+        apart = max(apart, float((plain - expected).abs().max()))
+    assert apart > 0.1  # the adapters do something
+
+
+def test_stacked_training_equals_peft_and_torch_one_at_a_time(base: StyleBase, tmp_path: Path) -> None:
+    members = [member(base, tmp_path, name, seed) for seed, name in enumerate(("ink", "chalk"))]
+    tuning = StyleFineTuning(members, tmp_path, QUIET)
+    start_K, process = tuning.w_SK[0].clone(), tuning.process
+    inputs = [tuning.inputs_of(step) for step in range(5)]
+    harvests = tuning.run(QUIET)
+    for s in range(2):
+        model = injected(base, start_K)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0)
+        for rows, flips, times, noise, numbers in inputs:
+            mine = slice(4 * s, 4 * s + 4)
+            x = tuning.images[rows[mine]].float() / 127.5 - 1
+            x = torch.stack([image.flip(2) if flip else image for image, flip in zip(x, flips[mine], strict=True)])
+            alpha = process.alphas_cumprod[times[mine]].view(-1, 1, 1, 1)
+            captions = tuning.captions.rows(tuning.caption_of[rows[mine]])
+            prediction = model(
+                alpha.sqrt() * x + (1 - alpha).sqrt() * noise[mine], encoder_hidden_states=captions.states_PTE,
+                timestep=times[mine], encoder_attention_mask=captions.mask_PT,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample  # fmt: skip
+            velocity = alpha.sqrt() * noise[mine] - (1 - alpha).sqrt() * x
+            optimizer.param_groups[0]["lr"] = float(numbers[0])
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(prediction, velocity).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        expected = torch.cat([value.flatten() for value in get_peft_model_state_dict(model).values()])
+        # AdamW divides by the root of tiny squares: the first steps amplify rounding.
+        torch.testing.assert_close(harvests[s].w_NK[-1], expected, atol=2e-4, rtol=1e-3)
+        assert float((expected - start_K).abs().max()) > 1e-3
+        assert harvests[s].steps.tolist() == [1, 3, 5]
+
+
+def test_a_run_does_not_depend_on_its_group(base: StyleBase, tmp_path: Path) -> None:
+    members = [member(base, tmp_path, name, seed) for seed, name in enumerate(("ink", "chalk", "oil"))]
+    together = StyleFineTuning(members, tmp_path, QUIET).run(QUIET)[1]
+    alone = StyleFineTuning(members[1:2], tmp_path, QUIET).run(QUIET)[0]
+    torch.testing.assert_close(together.w_NK, alone.w_NK, atol=1e-5, rtol=1e-4)
+    again = StyleFineTuning(members, tmp_path, QUIET).run(QUIET)[1]
+    assert torch.equal(together.w_NK, again.w_NK)
+
+
+def test_killed_training_goes_on_to_the_same_end(base: StyleBase, tmp_path: Path) -> None:
+    members = [member(base, tmp_path, "ink")]
+    whole = StyleFineTuning(members, tmp_path, QUIET).run(QUIET)[0]
+    state = ResumeState(tmp_path / "resume", every_seconds=0.0)
+
+    class Killed(Exception):
+        pass
+
+    broken = StyleFineTuning(members, tmp_path, QUIET)
+    step = broken.train_step
+
+    def dying(*inputs: torch.Tensor) -> torch.Tensor:
+        if broken.step == 3:
+            raise Killed
+        return step(*inputs)
+
+    broken.train_step = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        broken.run(QUIET, state)
+    continued = StyleFineTuning(members, tmp_path, QUIET)
+    harvest = continued.run(QUIET, state)[0]
+    assert torch.equal(harvest.w_NK, whole.w_NK)
+    assert torch.equal(harvest.losses, whole.losses)
+
+
+def test_style_smaller_than_the_batch_is_named(base: StyleBase, tmp_path: Path) -> None:
+    config = member(base, tmp_path, "ink", batch_size=16)
+    with pytest.raises(UserError, match=r"style 'ink': 12 training images are fewer than fine_tune.batch_size 16"):
+        StyleFineTuning([config], tmp_path, QUIET)
+
+
+def test_loss_that_is_not_finite_names_style_and_step(base: StyleBase, tmp_path: Path) -> None:
+    config = member(base, tmp_path, "ink", learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(UserError, match=r"style 'ink': the loss of run 0 is not finite at step [2-5]; lower"):
+        StyleFineTuning([config], tmp_path, QUIET).run(QUIET)
+
+
+def test_more_checkpoints_than_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_harvest 64 every 10 steps needs 631 steps, num_steps is 100"):
+        StyleFineTuneConfig(num_steps=100)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++"])
+def test_images_do_not_depend_on_the_batch(base: StyleBase, guidance: float, scheduler: str) -> None:
+    stack, spec = build_stack(base, Path(), LORA, CPU, torch.float32), spec_of(base, Path())
+    torch.manual_seed(0)
+    w_VK = 0.3 * torch.randn(3, stack.layout.num_parameters)
+    captions = Captions(torch.randn(6, 12, 384), torch.ones(6, 12))
+    config = ImageSamplingConfig(
+        num_images=5, num_inference_steps=3, guidance_scale=guidance, scheduler=scheduler
+    )
+
+    def draw(rows: slice, **runtime: object) -> torch.Tensor:
+        options = QUIET.model_copy(update=runtime)
+        return sample_images(stack, spec, w_VK[rows], captions, config, 0, CPU, "", options)
+
+    every = draw(slice(0, 3))
+    assert every.shape == (3, 5, 3, 8, 8)
+    torch.testing.assert_close(draw(slice(1, 2))[0], every[1], atol=1e-4, rtol=1e-4)
+    few = draw(slice(0, 3), tokens_per_batch=64, adapters_per_batch=2)
+    torch.testing.assert_close(few, every, atol=1e-4, rtol=1e-4)
+    other = sample_images(stack, spec, w_VK[:1], captions, config, 1, CPU, "", QUIET)
+    assert (other[0] - every[0]).abs().max() > 0.1
+
+
+def test_prompts_follow_the_mix_of_classes() -> None:
+    prompts = draw_prompts(["dog"] * 70 + ["house"] * 25 + ["tree"] * 5, 10)
+    assert sorted(prompts) == ["dog"] * 7 + ["house"] * 2 + ["tree"] or sorted(prompts) == ["dog"] * 7 + ["house"] * 3
+    assert len(draw_prompts(["a", "b", "c"], 256)) == 256
