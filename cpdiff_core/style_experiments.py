@@ -104,7 +104,7 @@ BASE_32 = PretrainedBase(
 
 BASE_64 = PretrainedBase(
     training=TrainingConfig(
-        steps=6000, batch_size=128, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"
+        steps=6000, batch_size=128, learning_rate=6e-4, weight_decay=0.01, ema_decay=0.999, precision="bfloat16"
     )
 )
 """The default on a GPU: 20.4 M parameters."""
