@@ -196,17 +196,6 @@ def seal_generator(folder: Path) -> None:
     seal(folder)
 
 
-def copy_generator(source: Path, target: Path, compact: bool = False) -> None:
-    """Write the generator in `source` to `target`, in half precision if `compact`. Raises UserError if it is there."""
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--out {str(target)!r}: is not empty; choose another folder or remove it")
-    target.mkdir(parents=True, exist_ok=True)
-    generator = Generator.load(source)
-    generator.card = generator.card.model_copy(update={"compact": compact or generator.card.compact})
-    generator.save(target)
-    seal_generator(target)
-
-
 _ENCODER = ("into.", "encoder_blocks.")
 
 

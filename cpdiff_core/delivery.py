@@ -49,10 +49,10 @@ class AdapterRequest(Config):
     base: str | None = Field(None, description="Folder or hub id of the base model, if not where the generator says.")
 
 
-def deliver(generator: Generator, request: AdapterRequest, out: Path, name: str, runtime: RuntimeConfig) -> list[str]:
+def deliver(generator: Generator, request: AdapterRequest, out: Path, runtime: RuntimeConfig) -> list[str]:
     """Write candidate folders, `generation.json` and, if asked for, the merged model below `out`.
 
-    name: what the cards call the generator. Returns lines to print. Raises UserError for what cannot be done.
+    Returns lines to print. Raises UserError for what cannot be done.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {str(out)!r}: is not empty; choose another folder or remove it")
@@ -77,7 +77,7 @@ def deliver(generator: Generator, request: AdapterRequest, out: Path, name: str,
         scored = choose_on_data(generator, base, task, head, candidates, runtime)
     else:
         scored = _from_the_run(generator, condition, request)
-    folders = _write(generator, request, task, head, candidates, scored, out, name)
+    folders = _write(generator, request, task, head, candidates, scored, out)
     if request.merge:
         assert base is not None
         labels = task.task.labels if task else generator.card.task(condition.task or "").labels
@@ -161,14 +161,14 @@ def _from_the_run(generator: Generator, condition: Condition, request: AdapterRe
 
 def _write(
     generator: Generator, request: AdapterRequest, task: ResolvedTask | None, head: Head | None, candidates: Candidates,
-    scored: Judgement, out: Path, name: str,
+    scored: Judgement, out: Path,
 ) -> list[Path]:  # fmt: skip
     """One PEFT folder per candidate, and what the command did as JSON."""
     card, condition, num = generator.card, candidates.condition, len(candidates.w_MK)
     known = card.task(condition.task) if condition.task else None
     terms = [data_terms(known)] if known else [data_terms(each) for each in card.tasks]
     shared: dict[str, Any] = {
-        "generator": name, "base": card.base, "lora": card.lora, "max_length": card.max_length,
+        "generator": card.name, "base": card.base, "lora": card.lora, "max_length": card.max_length,
         "target_modules": card.target_modules,
         "prompt": condition.text, "task": known.name if known else "unseen-task", "unseen_condition": known is None,
         "description": request.task_info or (known.description if known else None),
@@ -189,7 +189,7 @@ def _write(
     write_json(
         out / SUMMARY,
         {
-            "request": request.model_dump(mode="json"), "generator": name, "unseen_condition": known is None,
+            "request": request.model_dump(mode="json"), "generator": card.name, "unseen_condition": known is None,
             "task": shared["task"], "statistics": candidates.statistics, "seed": candidates.seed,
             "prompt": condition.text, "chosen_by": scored.chosen_by,
             "chosen": None if scored.chosen is None else folders[scored.chosen].name,

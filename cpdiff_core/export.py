@@ -6,7 +6,9 @@ and whose licences count. Uploading is left to the reader: the card ends with th
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import PeftModel
 from pydantic import Field
+from transformers.utils import logging
 
 from cpdiff_core.artifacts import write_json
-from cpdiff_core.bundle import Generator
+from cpdiff_core.bundle import Generator, seal_generator
 from cpdiff_core.cards import ArmScore, BaseReference, GeneratorCard, TaskCard
-from cpdiff_core.config import Config
+from cpdiff_core.config import Config, UserError
 from cpdiff_core.domains.base_models import TOKENIZER_FILES, BaseModel, build_classifier
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout
 from cpdiff_core.lora.peft_folder import write_adapter
@@ -114,12 +117,16 @@ def write_peft_folder(
 def write_merged(out: Path, adapter: Path, base: BaseModel, labels: tuple[str, ...] | None) -> None:
     """Write the base with the adapter of a PEFT folder merged in: a plain transformers classifier, with tokenizer."""
     model, _ = build_classifier(base, 1 if labels is None else len(labels))
+    logging.disable_progress_bar()
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # type: ignore[arg-type]
     merged.config.problem_type = "regression" if labels is None else "single_label_classification"
     if labels is not None:
         merged.config.id2label = dict(enumerate(labels))
         merged.config.label2id = {label: number for number, label in enumerate(labels)}
-    merged.save_pretrained(str(out))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names that we do not use
+        merged.save_pretrained(str(out))
+    logging.enable_progress_bar()
     for pattern in TOKENIZER_FILES:
         for path in base.folder.glob(pattern):
             shutil.copy(path, out / path.name)
@@ -134,14 +141,15 @@ def adapter_card(facts: AdapterFacts, with_head: bool) -> str:
             task_type="text-classification", dataset_type=facts.task, dataset_name=facts.task, metric_type=score.metric,
             metric_value=round(score.estimate, 2), metric_name=score.arm,
         )
-        for score in facts.scores
+        for score in facts.scores[:1]  # the others are what it is compared with
     ]  # fmt: skip
     name = f"{facts.generator} {facts.task} {facts.index}"
     more = {"model_name": name, "eval_results": results} if results else {}
     metadata = _metadata(base, "peft", pipeline_tag="text-classification", **more)
     return _render(
         "adapter.md.j2", facts=facts, with_head=with_head, base=base, metadata=metadata,
-        licence=BASE_LICENCES.get(base, "see its own card"), num_labels=len(facts.labels or ("regression",)),
+        prompt=json.dumps(facts.prompt, ensure_ascii=False), licence=BASE_LICENCES.get(base, "see its own card"),
+        num_labels=len(facts.labels or ("regression",)),
         revision=f', revision="{facts.base.revision}"' if facts.base.revision else "",
     )  # fmt: skip
 
@@ -154,6 +162,18 @@ def write_generator_card(folder: Path, card: GeneratorCard) -> None:
         licence=BASE_LICENCES.get(base, "see its own card"), terms={task.name: data_terms(task) for task in card.tasks},
     )  # fmt: skip
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def copy_generator(source: Path, target: Path, compact: bool = False) -> None:
+    """Write the generator in `source` to `target`, in half precision if `compact`. Raises UserError if it is there."""
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"--out {str(target)!r}: is not empty; choose another folder or remove it")
+    target.mkdir(parents=True, exist_ok=True)
+    generator = Generator.load(source)
+    generator.card = generator.card.model_copy(update={"compact": compact or generator.card.compact})
+    generator.save(target)
+    write_generator_card(target, generator.card)
+    seal_generator(target)
 
 
 def write_zoo_card(

@@ -24,4 +24,4 @@ def generate_adapters(
         out: Folder that the adapters are written to; must be empty.
         runtime: Where and how fast.
     """
-    return deliver(Generator.load(generator, device_of(runtime)), request, Path(out), generator, runtime)
+    return deliver(Generator.load(generator, device_of(runtime)), request, Path(out), runtime)

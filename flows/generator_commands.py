@@ -52,7 +52,7 @@ def generate(
         labels=_split(labels), regression=regression, text_columns=_split(text_columns), label_column=label_column,
         merge=merge, base=base,
     )  # fmt: skip
-    for line in deliver(Generator.load(folder, device_of(runtime)), request, out, generator, runtime):
+    for line in deliver(Generator.load(folder, device_of(runtime)), request, out, runtime):
         typer.echo(line)
 
 
@@ -214,7 +214,7 @@ def _offline(experiment: str) -> bool:
 
 
 def _export(folder: str, out: Path, compact: bool) -> None:
-    from cpdiff_core.bundle import copy_generator
+    from cpdiff_core.export import copy_generator
 
     copy_generator(Path(folder), out, compact)
     size = sum(path.stat().st_size for path in out.iterdir())

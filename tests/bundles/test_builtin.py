@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from cpdiff_core import bundle
-from cpdiff_core.bundle import BUILTIN_FOLDER, Generator, copy_generator
+from cpdiff_core.bundle import BUILTIN_FOLDER, Generator
 from cpdiff_core.delivery import AdapterRequest, deliver
 from cpdiff_core.domains.base_models import embedded_minilm
 from cpdiff_core.experiments import experiment
+from cpdiff_core.export import copy_generator
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.diffusion import LatentDiffusion
 
@@ -46,7 +47,7 @@ def test_builtin_gives_adapters_that_peft_loads_on_the_embedded_base(folder: Pat
     assert sum(path.stat().st_size for path in folder.parent.iterdir()) < LIMIT
     generator = Generator.load(name)
     task = generator.card.tasks[0]
-    deliver(generator, AdapterRequest(task=task.name, num=2), tmp_path / "out", name, bundled.runtime)
+    deliver(generator, AdapterRequest(task=task.name, num=2), tmp_path / "out", bundled.runtime)
     model = AutoModelForSequenceClassification.from_pretrained(embedded_minilm(), num_labels=len(task.labels or ("",)))
     adapted = PeftModel.from_pretrained(model, str(tmp_path / "out" / "candidate-0")).eval()
     ids = torch.tensor([[101, 2023, 3185, 2001, 2204, 102]])

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 from cpdiff_core.artifacts import read_tensors
-from cpdiff_core.bundle import POOLED, Generator, copy_generator, seal_generator
+from cpdiff_core.bundle import POOLED, Generator, seal_generator
 from cpdiff_core.config import UserError
+from cpdiff_core.export import copy_generator
 from cpdiff_core.generator.conditions import build_prompt
 
 
@@ -23,6 +24,7 @@ def test_moved_generator_gives_the_candidates_of_the_run_bit_for_bit(bundled, tm
     moved = tmp_path / "elsewhere" / "moved"
     shutil.move(exported, moved)
     generator = Generator.load(moved)
+    assert "Adapter generator tiny" in (moved / "README.md").read_text()
     for task in ("left", "right"):
         w_MK = read_tensors(bundled.candidates[task], "candidates.safetensors")["w_MK"]
         assert torch.equal(generator.generate(task, num=len(w_MK)).w_MK, w_MK)

@@ -31,7 +31,7 @@ def delivered(bundled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's own candidates for task `left`, with a merged model."""
     out = tmp_path_factory.mktemp("delivered") / "adapters"
     request = AdapterRequest(task="left", num=3, merge=True, base=str(bundled.base.folder))
-    deliver(Generator.load(bundled.folder), request, out, "tiny", bundled.runtime)
+    deliver(Generator.load(bundled.folder), request, out, bundled.runtime)
     return out
 
 
@@ -113,6 +113,10 @@ def test_card_is_valid_for_the_hub_and_tells_the_scores_and_the_nearest_adapter(
     }
     assert facts["nearest"]["task"] == min(distances, key=distances.get)
     assert facts["nearest"]["distance_product"] == pytest.approx(min(distances.values()))
+    # This adapter's own score alone, not those of what it is compared with.
+    assert [result.metric_value for result in card.data.eval_results] == [round(score.estimate, 2)]
+    assert r"-> yes\n" in card.text or r"-> no\n" in card.text
+    assert str(bundled.root.parent) not in card.content
     assert "Nothing is" in card.text
     assert "at most 16 tokens" in card.text
 

@@ -16,9 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from tiny import sentences, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cpdiff_core.bundle import Generator, copy_generator
+from cpdiff_core.bundle import Generator
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest, deliver
+from cpdiff_core.export import copy_generator
 from flows.generate import generate_adapters
 
 EXAMPLES = ("w1 fine -> yes", "w2 cold -> no")
@@ -36,7 +37,7 @@ def request(bundled, **values) -> AdapterRequest:
 
 
 def run(bundled, out: Path, **values) -> tuple[list[str], dict]:
-    lines = deliver(Generator.load(bundled.folder), request(bundled, **values), out, "tiny", bundled.runtime)
+    lines = deliver(Generator.load(bundled.folder), request(bundled, **values), out, bundled.runtime)
     return lines, json.loads((out / "generation.json").read_text())
 
 
@@ -94,6 +95,19 @@ def test_unseen_task_gets_a_probe_and_is_compared_on_examples_that_its_heads_hav
         probe = LogisticRegression(C=1 / (2 * 1e-3 * len(rest)), max_iter=1000).fit(features[rest], labels[rest])
         right += int((probe.predict(features[fold]) == labels[fold]).sum())
     assert arms["no-LoRA"] == pytest.approx(100 * right / 24, abs=100 / 24)
+
+
+def test_unseen_regression_is_scored_by_rank_correlation(bundled, tmp_path) -> None:
+    texts, labels = sentences(12, seed=5)
+    rows = [{"text": text, "label": label + i / 10} for i, (text, label) in enumerate(zip(texts, labels, strict=True))]
+    few = write_jsonl(tmp_path / "few.jsonl", rows)
+    _, summary = run(
+        bundled, tmp_path / "out", task_info="Rate the mood.", examples=EXAMPLES, few=str(few), regression=True, num=2
+    )
+    assert {arm["metric"] for arm in summary["arms"]} == {"spearmanr"}
+    model = AutoModelForSequenceClassification.from_pretrained(bundled.base.folder, num_labels=1)
+    loaded = PeftModel.from_pretrained(model, str(tmp_path / "out" / "candidate-1"))
+    assert loaded.base_model.model.classifier.weight.shape == (1, 32)
 
 
 @pytest.mark.parametrize(

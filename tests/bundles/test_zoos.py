@@ -90,7 +90,7 @@ def test_adapters_that_peft_saved_become_a_generator_whose_adapters_peft_loads(b
     assert generator.card.base.name == bundled.base.folder.name
     assert generator.card.task("moods").description == "Find the mood."
     assert generator.card.task("topics").labels == ("0", "1", "2")
-    deliver(generator, AdapterRequest(task="topics", num=2), tmp_path / "out", "mine", bundled.runtime)
+    deliver(generator, AdapterRequest(task="topics", num=2), tmp_path / "out", bundled.runtime)
     model = AutoModelForSequenceClassification.from_pretrained(bundled.base.folder, num_labels=3)
     loaded = PeftModel.from_pretrained(model, str(tmp_path / "out" / "candidate-1"))
     w_K = generator.generate("topics", 2).w_MK[1]
