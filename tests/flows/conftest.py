@@ -9,10 +9,7 @@ import pytest
 from cli_child import CommandLine
 from tiny import save_model, sentences, write_jsonl
 
-from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.experiments import ExperimentConfig
-
-RUNTIME = RuntimeConfig(device="cpu", progress=False)
 
 
 def write_task(folder: Path, name: str, seed: int, num: int = 60) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 from cli_child import CommandLine
-from conftest import RUNTIME
 from safetensors.torch import load_file
 from tiny import sentences, write_jsonl
 
@@ -33,7 +32,7 @@ class Runner:
     """Runs experiments in this process and tells which stages were computed and which came from the cache."""
 
     def __init__(self, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.runtime = RUNTIME.model_copy(update={"data_dir": str(data)})
+        self.runtime = RuntimeConfig(device="cpu", progress=False, data_dir=str(data))
         self._capsys = capsys
 
     def __call__(self, values: dict[str, Any], **runtime: Any) -> tuple[Path, list[str], list[str]]:
