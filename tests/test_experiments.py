@@ -61,7 +61,8 @@ def test_rows_of_tables_share_their_runs():
 
 def test_a_row_differs_from_the_default_in_its_own_field_only():
     default = glue6("minilm-l6", 1).model_dump(exclude={"name", "description", "paper", "arms"})
-    for name, field in {"table3": "num_checkpoints", "table4a": "normalization", "table4b": "condition", "table4c": "blocks"}.items():
+    fields = {"table3": "num_checkpoints", "table4a": "normalization", "table4b": "condition", "table4c": "blocks"}
+    for name, field in fields.items():
         for row in TABLES[name]("minilm-l6"):
             changed = row.model_dump(exclude={"name", "description", "paper", "arms"})
             assert {key for key in default if changed[key] != default[key]} <= {field}

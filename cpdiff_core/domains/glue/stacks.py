@@ -102,7 +102,9 @@ def forget_stacks() -> None:
 
 
 @lru_cache(maxsize=8)
-def _build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool) -> Stack:
+def _build_stack(
+    base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool
+) -> Stack:
     family = FAMILIES[base.family]
     classifier, _ = cached_classifier(base, num_classes)
     _, layout = initial_vector(classifier, lora, family.target_modules, family.block_pattern, 0)
