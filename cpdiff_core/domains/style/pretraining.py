@@ -29,6 +29,7 @@ from cpdiff_core.generator.diffusion import build_scheduler
 from cpdiff_core.generator.training import train
 
 _FILE_BYTES = 14 * 2**20
+_PROCESS_FIELDS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
 
 
 def caption_rows(images: StyleImages) -> tuple[list[str], torch.Tensor]:
@@ -120,5 +121,5 @@ def save_base(model: Any, folder: Path) -> None:
     for name, tensors in zip(names, files, strict=True):
         write_tensors(folder / name, tensors)
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    value = {"transformer": config, "process": PIXELS.model_dump(mode="json"), "weights": names}
+    value = {"transformer": config, "process": PIXELS.model_dump(include=_PROCESS_FIELDS), "weights": names}
     write_json(folder / SPEC_FILE, value)
