@@ -39,12 +39,9 @@ def watched(artifact: Artifact) -> Iterator[None]:
     """Loops inside show their progress as that of `artifact`, and stop when their flow run is cancelled."""
     watch = _Watch(artifact)
     try:
-        with observed(watch):
+        with awaiting_signal(), observed(watch):
             yield
         watch.complete()
-    except Cancelled:
-        _await_signal()
-        raise
     finally:
         watch.close()
 
@@ -115,11 +112,16 @@ class _Watch:
         return True
 
 
-def _await_signal() -> None:
+@contextmanager
+def awaiting_signal() -> Iterator[None]:
     """A process worker sends SIGTERM to the flow run's process, and only the
     run that ends by it is Cancelled for Prefect; so the main thread waits for it, with its state saved and no work."""
-    if threading.current_thread() is threading.main_thread() and "PREFECT__FLOW_RUN_ID" in os.environ:
-        time.sleep(SIGNAL_SECONDS)
+    try:
+        yield
+    except Cancelled:
+        if threading.current_thread() is threading.main_thread() and "PREFECT__FLOW_RUN_ID" in os.environ:
+            time.sleep(SIGNAL_SECONDS)
+        raise
 
 
 def _flow_runs() -> set[UUID]:

@@ -22,8 +22,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_type_hints
 
@@ -38,6 +38,7 @@ from typing_extensions import TypeVar
 
 from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
 from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
+from tasks import remote
 from tasks.environment import disk_fault, root
 from tasks.locks import FlockManager, hold
 from tasks.observe import watched
@@ -124,9 +125,14 @@ def stage(
             extra = {key: value for key, value in given.items() if key in declared.parameters}
             config = {"stage": name, "version": version, "inputs": canonical(_inputs(bound.arguments))}
             try:
+                for upstream in remote.artifacts_in(list(bound.arguments.values())):
+                    bring(upstream)
+                if _fetched(result):
+                    return result
                 with watched(result):
                     write = functools.partial(_call, body, bound, extra)
                     _build(folder(result), write, config, runtime, account)
+                _shared(result)
             except Exception as error:
                 if (fault := disk_fault(error)) is not None:
                     raise fault from error
@@ -185,6 +191,32 @@ def drop_unsound(key: str) -> None:
         record.unlink()
 
 
+def bring(artifact: Artifact) -> bool:
+    """See to it that the files of `artifact` are here; False if they are neither here nor in the store."""
+    return is_done(artifact) or _fetched(artifact)
+
+
+def _fetched(artifact: Artifact) -> bool:
+    if remote.store() is None:
+        return False
+    with _scratch(folder(artifact)) as scratch:
+        return remote.fetch(artifact, folder(artifact), scratch / "fetched")
+
+
+def _shared(artifact: Artifact) -> None:
+    if remote.store() is not None:
+        with _scratch(folder(artifact)) as scratch:
+            remote.share(artifact, folder(artifact), scratch / "fetched")
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, from which a rename moves files to it; `clean` knows it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{SCRATCH_PREFIX}{target.name}-") as scratch:
+        yield Path(scratch)
+
+
 def resume_state(artifact: Artifact, runtime: RuntimeConfig) -> ResumeState:
     """What a killed computation of `artifact` has left. Use it in the stage's body or while its lock is held."""
     return ResumeState(root() / ".resume" / artifact.stage / artifact.fingerprint, runtime.resume_seconds)
@@ -222,9 +254,8 @@ def _build(
     target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig, account: Mapping[str, Any]
 ) -> None:
     """Fill a scratch folder beside `target`, then rename it to `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{SCRATCH_PREFIX}{target.name}-") as scratch:
-        out = Path(scratch, "out")
+    with _scratch(target) as scratch:
+        out = scratch / "out"
         out.mkdir()
         meter = Meter(runtime.device)
         write(out)
@@ -234,7 +265,7 @@ def _build(
         write_json(out / "provenance.json", signed(meter.provenance() | dict(account)))
         if target.exists():  # a refresh, or a process that died before the record was written
             # Moved away whole: deleting it file by file could leave its record, and so a hit, behind.
-            os.rename(target, Path(scratch, "replaced"))
+            os.rename(target, scratch / "replaced")
         os.rename(out, target)
 
 

@@ -35,12 +35,14 @@ from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
 from cpdiff_core.reports.inputs import Generator, ReportInputs
 from cpdiff_core.reports.page import write_report
+from tasks.engine import num_workers, run_all
 from tasks.locks import hold
-from tasks.observe import watched
+from tasks.observe import awaiting_signal, watched
 from tasks.provenance import Meter
-from tasks.stage import GIVEN, cache_key, folder, is_done, resume_state, root, stage
+from tasks.stage import GIVEN, bring, cache_key, folder, is_done, resume_state, root, stage
 
 HEAD_FILE = "head.safetensors"
+FINISHED_GROUP = "finished_group"
 
 
 @stage("fit_head", label=lambda task: task.name)
@@ -74,15 +76,20 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
     mechanism. A killed group goes on as the group it was, if the same runs are missing. Where there are several GPUs
     the runs of a group are divided among them, one thread each.
     """
+    _hand_out_leftovers(runtime)
     groups: dict[object, list[tuple[HarvestConfig, Artifact]]] = {}
     for config, head in zip(configs, heads, strict=True):
         if not _settled(harvest_checkpoints.artifact(config, head, runtime=runtime), runtime):
             groups.setdefault(group_key(config), []).append((config, head))
+    workers = num_workers()
     devices = all_devices(runtime)
     passes: list[list[tuple[HarvestConfig, Artifact]]] = []
     for members in groups.values():
-        size = min(runtime.adapters_per_batch or len(members), max(2, -(-len(members) // len(devices))))
+        size = min(runtime.adapters_per_batch or len(members), max(2, -(-len(members) // (workers or len(devices)))))
         passes += [members[first : first + size] for first in range(0, len(members), size)]
+    if workers:
+        run_all("harvest_group", _harvest_and_commit, [(members, runtime) for members in passes])
+        return
     places = [runtime.model_copy(update={"device": device}) for device in devices]
     with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
         # Prefect's settings, the root among them, belong to a context, which a new thread does not inherit.
@@ -91,12 +98,22 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
             for i, place in enumerate(places)
         ]
         for share in shares:
-            share.result()
+            with awaiting_signal():
+                share.result()
 
 
 def _harvest_passes(passes: Sequence[Sequence[tuple[HarvestConfig, Artifact]]], runtime: RuntimeConfig) -> None:
     for members in passes:
         _harvest_fitting(members, runtime)
+
+
+def _harvest_and_commit(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
+    """A pass on a worker elsewhere, which may share nothing with us but the store: it commits its runs itself."""
+    for _, head in members:
+        bring(head)
+    _harvest_fitting(members, runtime)
+    for config, head in members:
+        harvest_checkpoints(config, head, runtime=runtime)
 
 
 def _harvest_fitting(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
@@ -119,7 +136,7 @@ def _harvest_fitting(members: Sequence[tuple[HarvestConfig, Artifact]], runtime:
 
 def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:
     """Whether a run is committed, or finished and waiting for its stage to commit it."""
-    if is_done(artifact):
+    if is_done(artifact) or bring(artifact):
         return True
     state = resume_state(artifact, runtime).load()
     return state is not None and bool(state[1].get("finished"))
@@ -140,9 +157,38 @@ def _harvest_group(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: R
         with watched(together):
             harvests = tuning.run(runtime, group)
         account = group_share(meter.provenance(), len(missing))
-        for i, harvest in zip(missing, harvests, strict=True):
-            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True, "account": account})
+        # All at once, before any member has its own: a member that is left alone would train alone, and differ by rounding.
+        named = {artifacts[i].fingerprint: harvest.tensors() for i, harvest in zip(missing, harvests, strict=True)}
+        finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=together.fingerprint), runtime)
+        finished.save(
+            {f"{member}.{name}": tensor for member, tensors in named.items() for name, tensor in tensors.items()},
+            {"members": list(named), "account": account},
+        )
         group.discard()
+        _hand_out(finished, runtime)
+
+
+def _hand_out(finished: ResumeState, runtime: RuntimeConfig) -> None:
+    """Leave each member of a finished group the state that its own stage commits. Needs the locks of all members."""
+    if (state := finished.load()) is not None:
+        tensors, numbers = state
+        for member in numbers["members"]:
+            artifact = Artifact(stage="harvest_checkpoints", fingerprint=member)
+            own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{member}.")}
+            if not is_done(artifact):
+                resume_state(artifact, runtime).save(own, {"finished": True, "account": numbers["account"]})
+    finished.discard()
+
+
+def _hand_out_leftovers(runtime: RuntimeConfig) -> None:
+    """Go on with groups that finished and were killed before every member had its own."""
+    for path in sorted((root() / ".resume" / FINISHED_GROUP).glob("*")):
+        together = Artifact(stage="harvest_group", fingerprint=path.name)
+        finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=path.name), runtime)
+        members = state[1]["members"] if (state := finished.load()) is not None else []
+        with hold([cache_key(Artifact(stage="harvest_checkpoints", fingerprint=member)) for member in members]):
+            resume_state(together, runtime).discard()
+            _hand_out(finished, runtime)
 
 
 def group_share(provenance: Mapping[str, Any], num_runs: int) -> dict[str, Any]:

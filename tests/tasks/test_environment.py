@@ -64,9 +64,7 @@ def fresh_environment(home: Path, **variables: str) -> dict[str, str]:
 
 def prepared(home: Path, *arguments: str, **variables: str) -> dict[str, str]:
     code = "import json, os, sys; from pathlib import Path; from tasks.environment import prepare; "
-    code += (
-        f"path = prepare({', '.join(arguments)}); assert 'prefect' not in sys.modules and 'torch' not in sys.modules; "
-    )
+    code += f"path = prepare({', '.join(arguments)}); assert 'prefect' not in sys.modules and 'torch' not in sys.modules; "
     code += "print(json.dumps(dict(os.environ) | {'returned': str(path)}))"
     command = [sys.executable, "-c", code]
     environment = fresh_environment(home, **variables)
@@ -141,9 +139,7 @@ def test_embedded_run_is_quiet_offline_cached_and_takes_its_server_along(tmp_pat
     def run(*arguments: str) -> tuple[int, int, list[str]]:
         command = [sys.executable, str(tmp_path / "run.py"), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        lines = [
-            " ".join(line.split()[:-2] if "Completed" in line else line.split()) for line in done.stderr.splitlines()
-        ]
+        lines = [" ".join(line.split()[:-2] if "Completed" in line else line.split()) for line in done.stderr.splitlines()]
         return done.returncode, int(done.stdout), lines
 
     control = "import socket; client = socket.socket(); client.settimeout(0.01); client.connect_ex(('203.0.113.1', 9))"

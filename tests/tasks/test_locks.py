@@ -56,9 +56,7 @@ def test_hold_and_the_manager_exclude_each_other(artifact_root: Path) -> None:
     with hold([KEY, "number/4567/result.json"]):
         taken = []
         settings = contextvars.copy_context()  # which Prefect's task threads get too; the root is one of them
-        thread = threading.Thread(
-            target=lambda: taken.append(settings.run(manager.acquire_lock, KEY, "b", acquire_timeout=0))
-        )
+        thread = threading.Thread(target=lambda: taken.append(settings.run(manager.acquire_lock, KEY, "b", acquire_timeout=0)))
         thread.start()
         thread.join()
         assert taken == [False]

@@ -30,9 +30,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 @pytest.mark.parametrize("submitted", [False, True], ids=["direct", "submitted"])
-def test_cancelled_run_stops_in_seconds_and_goes_on_where_it_stopped(
-    artifact_root: Path, start, submitted: bool
-) -> None:
+def test_cancelled_run_stops_in_seconds_and_goes_on_where_it_stopped(artifact_root: Path, start, submitted: bool) -> None:
     process = start(run_march, STEPS, submitted)
     wait_for(lambda: "march from 0" in logged(artifact_root))
     identifier = re.search(r"flow run (\S+)", "\n".join(logged(artifact_root)))

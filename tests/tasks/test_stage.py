@@ -269,9 +269,7 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.mark.parametrize("writer", ["safetensors", "python"])
-def test_full_disk_is_one_line_that_names_the_root_and_leaves_no_hit(
-    artifact_root: Path, small_disk: Path, writer: str
-) -> None:
+def test_full_disk_is_one_line_that_names_the_root_and_leaves_no_hit(artifact_root: Path, small_disk: Path, writer: str) -> None:
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: small_disk / "root"}):
         with pytest.raises(UserError, match=r"disk/root': the disk is full; .*--root") as caught:
             fills_disk(4, writer)

@@ -80,6 +80,8 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
     return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
 
 
+_COMMITS = ("finished_group", "harvest_checkpoints")
+
 _Trigger = tuple[Callable[[str, tuple[Any, ...]], bool], int, float]
 """Whether an audit event is the moment; of how many moments one is drawn; seconds after it within which to die."""
 
@@ -87,9 +89,9 @@ _TRIGGERS: dict[Death, _Trigger] = {
     # The folder is in place; Prefect opens the record to write it.
     "before a record": (lambda e, a: e == "open" and str(a[0]).endswith("/result.json") and _writes(a), 20, 0.0),
     # A save begins by making its folder; a few milliseconds cover writing the file and renaming it.
-    "in a resume write": (lambda e, a: e == "os.mkdir" and "/.resume/" in str(a[0]), 12, 0.004),
-    # The group's members are saved as finished one after another, then the group's own state goes.
-    "in a group commit": (lambda e, a: e == "os.mkdir" and "/.resume/harvest_checkpoints/" in str(a[0]), 2, 0.01),
+    "in a resume write": (lambda e, a: e == "os.mkdir" and "/.resume/" in str(a[0]), 14, 0.004),
+    # A finished group is saved as a whole, then its members one after another.
+    "in a group commit": (lambda e, a: e == "os.mkdir" and str(a[0]).split("/")[-2] in _COMMITS, 3, 0.01),
 }
 
 
