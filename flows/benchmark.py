@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +28,12 @@ from cpdiff_core.domains.glue.heads import HeadConfig, initial_head
 from cpdiff_core.domains.glue.stacks import device_of, forget_stacks
 from cpdiff_core.domains.glue.text_tasks import GLUE_TASKS, excerpt
 from cpdiff_core.experiments import ExperimentConfig, experiment
-from cpdiff_core.generator.autoencoder import fit_autoencoder
+from cpdiff_core.generator.autoencoder import ParameterAutoencoder, fit_autoencoder
 from cpdiff_core.generator.conditions import one_hot_conditions
-from cpdiff_core.generator.diffusion import SamplingConfig, fit_diffusion
+from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig, fit_diffusion
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.measure import Measurement
+from tasks.prefect_artifacts import table_rows
 from tasks.stage import root
 
 Part = Literal["harvest", "harvest_large", "scoring", "generator", "growth", "several_gpus"]
@@ -241,7 +243,7 @@ def generator(bench: Bench, config: ExperimentConfig) -> list[Measurement]:
         sampling = SamplingConfig(scheduler=scheduler, num_inference_steps=steps)
         spent = measure.seconds(
             bench.device,
-            lambda s=sampling: autoencoder.decode(diffusion.sample(y_QE, num, 0, s).flatten(0, 1)),
+            partial(_draw, autoencoder, diffusion, y_QE, num, sampling),
             repeats=1 if steps > 100 else 5,
         )
         last = last or spent
@@ -256,6 +258,12 @@ def generator(bench: Bench, config: ExperimentConfig) -> list[Measurement]:
             )
         )
     return rows
+
+
+def _draw(
+    autoencoder: ParameterAutoencoder, diffusion: LatentDiffusion, y_QE: torch.Tensor, num: int, sampling: SamplingConfig
+) -> torch.Tensor:
+    return autoencoder.decode(diffusion.sample(y_QE, num, 0, sampling).flatten(0, 1))
 
 
 def several_gpus(bench: Bench) -> list[Measurement]:
@@ -346,7 +354,7 @@ def run_benchmarks(
         frame.to_csv(path, index=False)  # after every part, so that nothing is lost to a kill
         for row in rows[-3:]:
             print(f"{part}: {row.work}: {row.ours:.4g} {row.unit}", file=sys.stderr, flush=True)
-    create_table_artifact(frame.astype(object).where(frame.notna(), None).to_dict("records"), key="benchmarks")
+    create_table_artifact(table_rows(frame), key="benchmarks")
     return str(path)
 
 
@@ -357,14 +365,12 @@ def table(path: Path) -> str:
     except OSError as error:
         raise UserError(f"benchmark file {str(path)!r}: cannot be read; run `cpdiff benchmark` first") from error
     lines = ["| work | ours | compared with | ratio | share of matrix rate | peak GiB | note |", "|---|---|---|---|---|---|---|"]
-    for row in frame.itertuples():
-
-        def cell(value: object, form: str) -> str:
-            return "" if value != value or value is None else form.format(value)
-
-        compared = "" if row.reference != row.reference else f"{row.reference:.4g}: {row.reference_name}"
-        lines.append(
-            f"| {row.work} | {row.ours:.4g} {row.unit} | {compared} | {cell(row.ratio, '{:.1f} x')} | "
-            f"{cell(row.rate_share, '{:.1%}')} | {cell(row.peak_gib, '{:.1f}')} | {cell(row.note, '{}')} |"
+    for row in table_rows(frame):
+        compared = f"{row['reference']:.4g}: {row['reference_name']}" if row["reference"] is not None else ""
+        ratio, share, peak = (
+            form.format(row[name]) if row[name] is not None else ""
+            for name, form in (("ratio", "{:.1f} x"), ("rate_share", "{:.1%}"), ("peak_gib", "{:.1f}"))
         )
+        ours = f"{row['ours']:.4g} {row['unit']}"
+        lines.append(f"| {row['work']} | {ours} | {compared} | {ratio} | {share} | {peak} | {row['note'] or ''} |")
     return f"{frame.device.iloc[0]}\n\n" + "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -12,12 +13,18 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 FIGURES = ("novelty", "similarity", "tsne", "trajectory")
 
 
+def table_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as Prefect's table artifact takes them: missing values are None."""
+    plain = frame.astype(object).where(frame.notna(), None)
+    return [{str(key): value for key, value in row.items()} for row in plain.to_dict("records")]
+
+
 def publish(name: str, report: Path) -> None:
     """Publish results.csv as a table and summary.txt with the figures as markdown, from the report's folder."""
     key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    frame = pd.read_csv(report / "results.csv").astype(object)
+    frame = pd.read_csv(report / "results.csv")
     create_table_artifact(
-        key=f"{key}-results", table=frame.where(frame.notna(), None).to_dict("records"), description=f"Results of {name}"
+        key=f"{key}-results", table=table_rows(frame), description=f"Results of {name}"
     )
     text = (report / "summary.txt").read_text(encoding="utf-8")
     images = [

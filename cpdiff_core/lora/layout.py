@@ -39,9 +39,12 @@ class LoraSpec(Config):
     def peft_config(self, target_modules: Sequence[str]) -> LoraConfig:
         """PEFT's own config. task_type stays unset: SEQ_CLS would add the head to `modules_to_save`."""
         return LoraConfig(
-            r=self.rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, target_modules=list(target_modules),
+            r=self.rank,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            lora_dropout=self.lora_dropout,
+            target_modules=list(target_modules),
             init_lora_weights=True if self.init_lora_weights == "kaiming" else "gaussian",
-        )  # fmt: skip
+        )
 
 
 class Factor(Config):

@@ -266,14 +266,14 @@ class StackedClassifier(nn.Module):
         self, classifier: nn.Module, layout: ParameterLayout, head: HeadLayers, *, scaling: float, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        model = copy.deepcopy(classifier)
+        model: Any = copy.deepcopy(classifier)
         self.head_layers = tuple((name, _activation(name_, model.config)) for name, name_ in head)
         self.own_head = {
             name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] in dict(head)
         }
         self.layout = layout
         self._routing = _Routing(layout, scaling, dropout)
-        self.backbone: nn.Module = model.base_model
+        self.backbone: Any = model.base_model  # transformers' own class
         self._insert(model)
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # the head applies it, to the pooled tokens only
@@ -297,8 +297,8 @@ class StackedClassifier(nn.Module):
     def compile_layers(self) -> None:
         """Compile the base's transformer layers: one program, which serves every layer."""
         config = self.backbone.config
-        blocks = self.backbone.h if config.model_type == "gpt2" else self.backbone.encoder.layer  # type: ignore[union-attr]
-        for block in blocks:  # type: ignore[union-attr]
+        blocks = self.backbone.h if config.model_type == "gpt2" else self.backbone.encoder.layer
+        for block in blocks:
             block.compile(dynamic=False)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def _build_stack(
     base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, device: torch.device, compiled: bool
 ) -> Stack:
     family = FAMILIES[base.family]
-    classifier, _ = cached_classifier(base, num_classes)
+    classifier: Any = cached_classifier(base, num_classes)[0]
     _, layout = initial_vector(classifier, lora, family.target_modules, family.block_pattern, 0)
     model = StackedClassifier(
         classifier, layout, family.head, scaling=lora.scaling, dropout=lora.lora_dropout
