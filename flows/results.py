@@ -6,22 +6,30 @@ seed at a time, because a single small model leaves it idle between kernels; las
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import multiprocessing
+import os
 import shutil
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.config import RuntimeConfig, UserError
+from tasks.environment import root
+from tasks.server import TemporaryServer, start_server
 
 
 def run_all(chosen: Sequence[Any], runtime: RuntimeConfig, workers: int) -> dict[str, Path]:
     """Name -> folder of the report, for every experiment."""
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU of its parent
-    with ProcessPoolExecutor(min(workers, len(chosen)), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(chosen)), mp_context=context, initializer=_start_worker, initargs=(str(root()),)
+    ) as pool:
         spec = runtime.model_dump_json()
         groups: dict[int, list[str]] = {}
         for item in chosen:  # runs of one rank share their passes
@@ -48,6 +56,21 @@ def _wait(what: str, futures: Sequence[Any]) -> list[Any]:
     return found
 
 
+_servers: list[TemporaryServer] = []
+
+
+def _start_worker(path: str) -> None:
+    """A server and a database of this worker's own, unless the user has a server: SQLite answers several busy
+    processes with "503 Service Unavailable". Artifacts and their locks are shared through the root alone."""
+    folder = tempfile.mkdtemp(prefix="cpdiff-server-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder}/prefect.db"
+    server = start_server(Path(path))  # before prefect is imported, which then finds it
+    if server is not None:
+        _servers.append(server)  # it ends with the last reference to it
+        server.wait(timeout=180)
+
+
 def _work(job: Callable[..., Any], values: list[str], spec: str) -> Any:
     """Run a job in a worker, and leave the device's memory to the others."""
     import torch
@@ -55,7 +78,13 @@ def _work(job: Callable[..., Any], values: list[str], spec: str) -> Any:
     from cpdiff_core.experiments import ExperimentConfig
 
     experiments = tuple(ExperimentConfig.model_validate_json(value) for value in values)
-    found = job(experiments, RuntimeConfig.model_validate_json(spec))
+    try:
+        found = job(experiments, RuntimeConfig.model_validate_json(spec))
+    except UserError:
+        raise
+    except Exception as error:  # some exceptions do not survive the way between processes
+        text = "".join(traceback.format_exception(error))
+        raise RuntimeError(f"{experiments[0].name}: {text}") from None
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return found

@@ -28,14 +28,13 @@ def results(
 ) -> None:  # fmt: skip
     """docs/RESULTS.md: Tables 1, 3, 4a, 4b, 4c on MiniLM with three seeds, the audit and the claims."""
     started = time.monotonic()
-    runtime, server = _begin(device, root, data_dir, threads, progress=False)
+    runtime, _ = _begin(device, root, data_dir, threads, offline=data_dir is not None, progress=False, server=False)
     from cpdiff_core.experiments import RESULTS
     from flows.results import run_all, write_results
 
     chosen = [item for item in RESULTS if only in item.name]
     if not chosen:
         raise UserError(f"--only {only!r}: is in no name; the names are {', '.join(item.name for item in RESULTS)}")
-    _wait(server)
     reports = run_all(chosen, runtime, workers)
     write_results(chosen, reports, out, runtime, time.monotonic() - started)
     typer.echo(f"{out / 'RESULTS.md'}: {len(chosen)} experiments, {time.monotonic() - started:.0f} s")
@@ -81,18 +80,19 @@ def search(
 
 
 def _begin(
-    device: str, root: Path | None, data_dir: Path | None, threads: int | None, offline: bool = False, progress: bool = True
+    device: str, root: Path | None, data_dir: Path | None, threads: int | None, offline: bool = False, progress: bool = True,
+    server: bool = True,
 ) -> tuple[RuntimeConfig, Any]:
     path = prepare(root, offline=offline)
     check_root(path)
-    server = start_server(path)  # before the heavy imports, which take as long as the server needs
+    started = start_server(path) if server else None  # before the heavy imports, which take as long as the server needs
     print(f"root       {path}", file=sys.stderr)
     from flows.cli import checked_device  # at the top it would be a circle: cli registers these commands
 
     runtime = RuntimeConfig(
         device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads, progress=progress
     )
-    return runtime, server
+    return runtime, started
 
 
 def _wait(server: Any) -> None:
