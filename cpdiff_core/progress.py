@@ -8,6 +8,7 @@ whether it should go on. A loop that should not saves its state (`ResumeState.du
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,9 +49,13 @@ def observed(observer: Observer) -> Iterator[None]:
         _to_stop.reset(second)
 
 
+stop_all = threading.Event()
+"""Set while the loops of all threads are to stop: those that a thread started when it is itself interrupted."""
+
+
 def is_cancelled() -> bool:
     """Whether the loop around has been asked to stop, and has not yet."""
-    return _to_stop.get()
+    return _to_stop.get() or stop_all.is_set()
 
 
 class Progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cpdiff_core.generator.diffusion import DiffusionConfig, LatentDiffusion, Sa
 from cpdiff_core.generator.diffusion import fit_diffusion as compute_diffusion
 from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
+from cpdiff_core.progress import stop_all
 from cpdiff_core.reports.inputs import Generator, ReportInputs
 from cpdiff_core.reports.page import write_report
 from tasks.engine import num_workers, run_all
@@ -90,6 +91,9 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
     if workers:
         run_all("harvest_group", _harvest_and_commit, [(members, runtime) for members in passes])
         return
+    if len(devices) == 1:
+        _harvest_passes(passes, runtime)  # in this thread, where signals arrive
+        return
     places = [runtime.model_copy(update={"device": device}) for device in devices]
     with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
         # Prefect's settings, the root among them, belong to a context, which a new thread does not inherit.
@@ -97,9 +101,16 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
             pool.submit(copy_context().run, _harvest_passes, passes[i :: len(places)], place)
             for i, place in enumerate(places)
         ]
-        for share in shares:
-            with awaiting_signal():
-                share.result()
+        try:
+            for share in shares:
+                with awaiting_signal():
+                    share.result()
+        except BaseException:
+            stop_all.set()  # an interrupt reaches this thread alone
+            raise
+        finally:
+            wait(shares)
+            stop_all.clear()
 
 
 def _harvest_passes(passes: Sequence[Sequence[tuple[HarvestConfig, Artifact]]], runtime: RuntimeConfig) -> None:
