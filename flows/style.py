@@ -25,6 +25,9 @@ from tasks import stages, style_stages
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder, root
 
+NUM_TRAJECTORIES = 5
+"""Noises whose way to the weights is drawn (paper: five)."""
+
 
 @flow(name="run-style-experiment", persist_result=False)
 def run_style_experiment(experiment: StyleExperimentConfig = QUICKSTART_STYLE, runtime: RuntimeConfig = RuntimeConfig()) -> str:
@@ -156,7 +159,7 @@ class StylePipeline:
             return style_stages.score_style_report(scoring, vectors, runtime=self.runtime)
 
         return StyleArms(
-            style=style.name, real=self.real[style.name], chosen_original=choose(original),
+            style=style.name, real=self.real[style.name], candidates=candidates, chosen_original=choose(original),
             chosen_candidate=choose(generated), no_lora=report(VectorSet(kind="zeros")), original=report(original),
             soup=report(soup), generated=report(generated),
         )  # fmt: skip
@@ -167,9 +170,21 @@ class StylePipeline:
         names = tuple(self.real)
         classifier = style_stages.fit_style_classifier(names, tuple(self.real[name] for name in names))
         samples = style_stages.score_style_report(self.scoring(photos), VectorSet(kind="zeros"), runtime=self.runtime)
+        pair = [(self.scoring(style), arm.candidates) for style, arm in zip(self.resolved.styles, arms, strict=True)]
+        (first, one), (second, other) = pair[0], pair[-1]
+        interpolation = style_stages.interpolate_styles(
+            first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
+        )
+        trajectories = {
+            style.name: style_stages.style_trajectory(
+                style.name, zoo, generator, config.sampling, NUM_TRAJECTORIES, config.seed, runtime=self.runtime
+            )
+            for style in self.resolved.styles
+        }
         return StyleReportInputs(
             base=self.base, image_size=self.size, photos=photos, styles=self.resolved.styles, splits=config.splits,
-            photo_real=self.real[photos.name], photo_samples=samples, classifier=classifier,
+            photo_real=self.real[photos.name], photo_samples=samples, classifier=classifier, interpolation=interpolation,
+            trajectories=trajectories,
             harvests=tuple(run for entry in zoo.tasks for run in entry.runs), autoencoder=generator.autoencoder,
             diffusion=generator.diffusion, arms=arms,
         )  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, write_json, write_tensors
+import torch
+
+from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
 from cpdiff_core.config import RuntimeConfig, fingerprint
 from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest
 from cpdiff_core.domains.glue.stacks import device_of
@@ -23,13 +25,25 @@ from cpdiff_core.evaluation.style_scores import (
     StyleSelectionArtifact,
     score_style,
 )
+from cpdiff_core.evaluation.style_study import (
+    TRAJECTORY_FILE,
+    interpolated_conditions,
+    interpolated_weights,
+    score_interpolation,
+    trajectory_plane,
+)
+from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.conditions import StyleImageCondition
-from cpdiff_core.lora.zoo import HARVEST_FILE, VectorSet
+from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
+from cpdiff_core.generator.normalization import Normalizer
+from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
+from cpdiff_core.reports.inputs import Generator
 from cpdiff_core.reports.style_page import write_base_quality, write_style_report
 from cpdiff_core.reports.style_tables import StyleReportInputs
 from cpdiff_core.style_experiments import StyleExperimentConfig
 from tasks.locks import hold
 from tasks.stage import GIVEN, cache_key, folder, is_done, resume_state, root, stage
+from tasks.stages import load_normalizer
 
 CLASSIFIER_FILE = "classifier.json"
 
@@ -137,6 +151,50 @@ def score_style_selection(out: Path, config: StyleScoringConfig, vectors: Vector
 @stage("score_style_report", returns=StyleReportArtifact, label=lambda config, vectors: f"{config.style} {vectors.kind}")
 def score_style_report(out: Path, config: StyleScoringConfig, vectors: VectorSet, *, runtime: RuntimeConfig) -> None:
     score_style(out, config, vectors, "report", root(), runtime)
+
+
+@stage("interpolate_styles", label=lambda first, second: f"{first.style} to {second.style}")
+def interpolate_styles(
+    out: Path, first: StyleScoringConfig, second: StyleScoringConfig, candidates: tuple[Artifact, Artifact],
+    generator: Generator, sampling: SamplingConfig, seed: int, *, runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    """Between the first candidates of two styles: of the weights, and of the condition at fixed noise."""
+    w_1K, w_2K = (read_tensors(folder(source), CANDIDATE_FILE)["w_MK"][0] for source in candidates)
+    names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
+    y_QE = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"]
+    styles = (first.style, second.style)
+    y_2E = torch.stack([y_QE[names.index(style)] for style in styles])
+    parts = _generator_parts(generator, runtime)
+    vectors = {
+        "weights": interpolated_weights(w_1K, w_2K),
+        "condition": interpolated_conditions(*parts, styles, y_2E, sampling, seed),
+    }
+    score_interpolation(out, first, second, vectors, root(), runtime)
+
+
+@stage("style_trajectory", label=lambda style: style)
+def style_trajectory(
+    out: Path, style: str, zoo: Zoo, generator: Generator, sampling: SamplingConfig, num: int, seed: int, *,
+    runtime: RuntimeConfig,
+) -> None:  # fmt: skip
+    """Where `num` samples of a style are at each reverse step."""
+    names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
+    y_E = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"][names.index(style)]
+    parts = _generator_parts(generator, runtime)
+    write_tensors(
+        out / TRAJECTORY_FILE,
+        trajectory_plane(*parts, style, zoo.load(root())[style], y_E, sampling, num, seed),
+    )
+
+
+def _generator_parts(
+    generator: Generator, runtime: RuntimeConfig
+) -> tuple[LatentDiffusion, ParameterAutoencoder, Normalizer]:
+    device = device_of(runtime)
+    return (
+        LatentDiffusion.load(folder(generator.diffusion), device),
+        ParameterAutoencoder.load(folder(generator.autoencoder), device), load_normalizer(generator.normalizer),
+    )  # fmt: skip
 
 
 @stage("style_base_quality")

@@ -18,6 +18,7 @@ from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
 from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact, style_oracle
+from cpdiff_core.reports.style_figures import SHEET_COLUMNS, draw_style_figures
 from cpdiff_core.reports.style_tables import (
     CHOSEN,
     GENERATED,
@@ -37,8 +38,6 @@ from cpdiff_core.reports.style_tables import (
 )
 from cpdiff_core.style_experiments import StyleExperimentConfig
 
-SHEET_COLUMNS = 10
-
 
 def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs, root: Path) -> None:
     """Write report.html, results.csv, summary.txt and the sheets as PNG into `out`."""
@@ -57,11 +56,18 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         sheets.append((entry.style, _png(out, f"sheet_{entry.style}", [*rows, real]), [*labels, "real, of the report"]))
     samples, nearest = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
     sheets.append(("the base itself", _png(out, "sheet_base", [samples, nearest]), ["sample", "nearest training photograph"]))
+    figures = [
+        (_data_url((out / f"{name}.png").read_bytes()), text)
+        for name, text in draw_style_figures(
+            out, inputs.interpolation, inputs.trajectories, config.features.distance_name, root
+        )
+    ]
     environment = Environment(
         loader=PackageLoader("cpdiff_core.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("style.html.j2").render(
         config=config, headline=style_headline(results), notes=notes, rows=frame.to_dict("records"), sheets=sheets,
+        figures=figures,
         metric=config.features.distance_name, stages=_costs(inputs, root),
         configuration=json.dumps(config.model_dump(mode="json"), indent=1),
     )  # fmt: skip
@@ -154,7 +160,11 @@ def _png(out: Path, name: str, rows: list[torch.Tensor]) -> str:
     """Write a sheet and give it as a data URL."""
     data = contact_sheet(rows, scale=max(1, 64 // rows[0].shape[-1]))
     (out / f"{name}.png").write_bytes(data)
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return _data_url(data)
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _costs(inputs: StyleReportInputs, root: Path) -> list[dict[str, Any]]:

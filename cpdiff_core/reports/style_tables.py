@@ -39,6 +39,7 @@ class StyleArms(Config):
 
     style: str
     real: Artifact
+    candidates: Artifact
     chosen_original: int
     chosen_candidate: int
     no_lora: StyleReportArtifact
@@ -58,6 +59,8 @@ class StyleReportInputs(Config):
     photo_real: Artifact
     photo_samples: StyleReportArtifact
     classifier: Artifact
+    interpolation: Artifact
+    trajectories: dict[str, Artifact]
     harvests: tuple[Artifact, ...]
     autoencoder: Artifact
     diffusion: Artifact

@@ -100,7 +100,7 @@ def test_table_has_every_arm_with_the_right_rows(real: torch.Tensor, tmp_path: P
     features = Artifact(stage="style_features", fingerprint="f")
     seal(features.under(tmp_path))
     arms = StyleArms(
-        style="ink", real=features, chosen_original=2, chosen_candidate=1,
+        style="ink", real=features, candidates=features, chosen_original=2, chosen_candidate=1,
         no_lora=scored(tmp_path, report, "z", near(real, 3.0)[None], real),
         original=scored(tmp_path, report, "o", original, real),
         soup=scored(tmp_path, report, "m", near(real, 0.4)[None], real),

@@ -1,0 +1,80 @@
+"""The figures of Sec. 4.4 for styles: interpolation between two, and trajectories towards one; PNG and SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpdiff_core.artifacts import Artifact, read_json, read_tensors
+from cpdiff_core.domains.style.images import contact_sheet
+from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FILE
+from cpdiff_core.reports.figures import COLOURS, MARKERS
+
+SHEET_COLUMNS = 10
+
+
+def draw_style_figures(
+    out: Path, interpolation: Artifact, trajectories: dict[str, Artifact], distance_name: str, root: Path
+) -> list[tuple[str, str]]:
+    """Write every figure into `out`. Returns (file name without ending, caption) of each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = read_json(interpolation.under(root), INTERPOLATION_FILE)
+    drawn = [
+        ("interpolation", _interpolation(found, distance_name), "Distance of interpolated styles to the real images of "
+         "both, lambda from the first style to the second; prompts and noise fixed. Left: of the weights, right: of the "
+         "condition."),
+        ("trajectory", _trajectories({s: read_tensors(a.under(root), TRAJECTORY_FILE) for s, a in trajectories.items()}),
+         "Above: t-SNE of five sampling trajectories (lines, ending in a dot) with the originals (grey) and their soup "
+         "(cross). Below: raw distance of each decoded x_t to the nearest original."),
+    ]  # fmt: skip
+    for name, figure, _ in drawn:
+        figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=130)
+        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close("all")
+    images = read_tensors(interpolation.under(root), "images.safetensors")
+    for kind, images_LNCHW in images.items():
+        name = f"sheet_interpolation_{kind}"
+        rows = [row[:SHEET_COLUMNS] for row in images_LNCHW]
+        (out / f"{name}.png").write_bytes(contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1])))
+        drawn.append((name, None, f"Interpolation of the {kind}: lambda 0, 0.25, 0.5, 0.75, 1 from above."))
+    return [(name, caption) for name, _, caption in drawn]
+
+
+def _interpolation(found: dict[str, Any], distance_name: str) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found["distance"]), figsize=(8, 3), sharey=True, squeeze=False)
+    for axis, (kind, distances) in zip(axes.flat, found["distance"].items(), strict=True):
+        for i, (style, values) in enumerate(distances.items()):
+            axis.plot(found["lambdas"], values, color=COLOURS[i], marker=MARKERS[i], label=f"to {style}")
+        axis.set_title(kind, fontsize=10, loc="left")
+        axis.set_xlabel("lambda")
+    axes.flat[0].set_ylabel(distance_name, fontsize=8)
+    axes.flat[-1].legend(fontsize=8)
+    return figure
+
+
+def _trajectories(found: dict[str, dict[str, torch.Tensor]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(3.2 * len(found), 6), squeeze=False)
+    for column, (style, tensors) in enumerate(found.items()):
+        above, below = axes[0, column], axes[1, column]
+        above.set_title(style, fontsize=10, loc="left")
+        above.scatter(*tensors["originals"].T.numpy(), s=12, color="0.7")
+        above.scatter(*tensors["soup"].T.numpy(), s=60, marker="X", color=COLOURS[6])
+        for i, (path, distance) in enumerate(zip(tensors["paths"], tensors["distance"], strict=True)):
+            above.plot(*path.T.numpy(), color=COLOURS[i % 7], linewidth=0.8)
+            above.plot(*path[-1:].T.numpy(), color=COLOURS[i % 7], marker=MARKERS[i % 7])
+            below.plot(tensors["t"].numpy(), distance.numpy(), color=COLOURS[i % 7], linewidth=1)
+        below.set_yscale("log")
+        below.invert_xaxis()
+        below.set_xlabel("t")
+    axes[1, 0].set_ylabel("distance to the nearest original")
+    return figure
