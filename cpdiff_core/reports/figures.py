@@ -17,6 +17,7 @@ from cpdiff_core.artifacts import read_json, read_tensors
 from cpdiff_core.domains.glue.metrics import metric
 from cpdiff_core.evaluation.arms import arm_predictions
 from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
+from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES
 from cpdiff_core.generator.probing import Trajectory
 from cpdiff_core.reports.audit_section import TaskAudit
 from cpdiff_core.reports.inputs import ReportInputs
@@ -103,22 +104,35 @@ def _novelty(audits: dict[str, TaskAudit], results: Results) -> Any:
         def place(distances: list[float], unit: list[float] = unit) -> float:
             return float(np.mean([distance / scale for distance, scale in zip(distances, unit, strict=True)]))
 
-        for i, (family, found) in enumerate(audit.matched.items()):
+        places = []
+        for family, found in audit.matched.items():
             score = audit.trivial[f"{family} (mean)"].interval
-            x = place([match.median_distance for match in found])
-            face = COLOURS[(i + 1) % 7] if family in audit.reached else "none"
-            _point(axis, x, score, family, COLOURS[(i + 1) % 7], MARKERS[(i + 1) % 7], face)
-        x = place([one.novelty.product.generated_median for one in audit.audits])
-        _point(axis, x, results[task]["generated (mean)"].interval, "generated", COLOURS[0], "*", COLOURS[0], size=11)
+            places.append(place([match.median_distance for match in found]))
+            _point(axis, places[-1], score, family, filled=family in audit.reached)
+        places.append(place([one.novelty.product.generated_median for one in audit.audits]))
+        _point(axis, places[-1], results[task]["generated (mean)"].interval, "generated", size=11)
         axis.axvline(1.0, color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_xscale("symlog", linthresh=1.0)
+        axis.set_xscale("symlog", linthresh=1.0)  # a soup can lie at 0, a generated set far beyond 1
+        axis.set_xlim(-0.1, 2.0 * max(1.0, *places))
         axis.set_xlabel("distance to training (1: typical of training)")
         axis.set_ylabel(_short(metric_of(results[task]["generated (mean)"])))
     _shared_legend(figure, axes[0])
     return figure
 
 
-def _point(axis: Any, x: float, score: Any, label: str, colour: str, marker: str, face: str, size: float = 6) -> None:
+def _style(name: str) -> tuple[str, str]:
+    """(colour, marker) of a set of vectors, the same in every figure."""
+    if name == "generated":
+        return COLOURS[0], "*"
+    if name not in TRIVIAL_FAMILIES:
+        return "0.35", MARKERS[0]
+    i = 1 + list(TRIVIAL_FAMILIES).index(name)
+    return COLOURS[i], MARKERS[i]
+
+
+def _point(axis: Any, x: float, score: Any, label: str, size: float = 6, filled: bool = True) -> None:
+    colour, marker = _style(label)
+    face = colour if filled else "none"
     axis.errorbar(
         [x], [score.estimate], yerr=[[score.estimate - score.low], [score.high - score.estimate]], fmt=marker, color=colour,
         markerfacecolor=face, markersize=size, linewidth=1, label=label,
@@ -147,12 +161,12 @@ def _similarity(inputs: ReportInputs, root: Path) -> Any:
         order = ["training checkpoints", *trivial, "generated"]  # the generated ones on top
         for name in order:
             similarity, predicted = groups[name]
-            i = list(groups).index(name)
+            colour, marker = _style(name)
             scores = metric(task.primary_metric, predicted, labels, task.metrics)
             hollow = name == "training checkpoints"
             axis.scatter(
-                similarity, scores, s=22, marker=MARKERS[i % 7], label=name, linewidths=0.9, alpha=0.75,
-                facecolors="none" if hollow else COLOURS[i % 7], edgecolors="0.35" if hollow else COLOURS[i % 7],
+                similarity, scores, s=60 if name == "generated" else 22, marker=marker, label=name, linewidths=0.9,
+                alpha=0.75, facecolors="none" if hollow else colour, edgecolors=colour,
             )  # fmt: skip
         axis.set_xlabel("largest wrong-prediction IoU")
         axis.set_ylabel(_short(task.primary_metric))
