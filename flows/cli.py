@@ -83,16 +83,28 @@ def first_fault(where: str, error: ValidationError) -> str:
     return f"{where}: {field}{value}: {message}{more}"
 
 
+_HUB_TABLES = tuple(
+    f"{table}/{base}-"
+    for table in ("glue6", "table3", "table4a", "table4b", "table4c", "extra")
+    for base in ("bert", "roberta", "deberta", "gpt2")
+)
+
+
 @app.command("list")
-def list_experiments() -> None:
+def list_experiments(
+    every: Annotated[bool, typer.Option("--all", help="With other base models and the set behind docs/RESULTS.md.")] = False,
+) -> None:
     """The experiments by name, with what they are for."""
     from cpdiff_core.experiments import EXPERIMENTS
     from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 
-    every = EXPERIMENTS | STYLE_EXPERIMENTS
-    width = max(map(len, every))
-    for name, item in every.items():
+    known = EXPERIMENTS | STYLE_EXPERIMENTS
+    shown = {name: item for name, item in known.items() if every or not name.startswith(("results/", *_HUB_TABLES))}
+    width = max(map(len, shown))
+    for name, item in shown.items():
         typer.echo(f"{name:<{width}}  {item.description}")
+    if len(shown) < len(known):
+        typer.echo(f"{len(known) - len(shown)} more with --all: other base models, and the set behind docs/RESULTS.md", err=True)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from cli_child import CommandLine, Outcome
 from tiny import write_jsonl
 
 from cpdiff_core.experiments import EXPERIMENTS, ExperimentConfig
+from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 
 
 def write(folder: Path, value: Any) -> str:
@@ -37,9 +38,12 @@ def ended(outcome: Outcome, word: str) -> list[str]:
 
 
 def test_list_names_every_experiment(cli: CommandLine) -> None:
-    outcome = cli.run("list")
+    outcome = cli.run("list", "--all")
     assert outcome.code == 0
-    assert [line.split()[0] for line in outcome.stdout.splitlines()] == list(EXPERIMENTS)
+    assert [line.split()[0] for line in outcome.stdout.splitlines()] == [*EXPERIMENTS, *STYLE_EXPERIMENTS]
+    short = [line.split()[0] for line in cli.run("list").stdout.splitlines()]
+    assert {"quickstart", "quickstart-style", "glue6/minilm-r1", "table3/minilm-n500"} <= set(short)
+    assert not [name for name in short if "bert" in name or name.startswith("results/")]
 
 
 def test_show_prints_json_that_run_accepts(cli: CommandLine, tmp_path: Path) -> None:
