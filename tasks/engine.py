@@ -43,10 +43,7 @@ def num_workers() -> int:
     context = FlowRunContext.get()
     if context is None or type(context.task_runner).__name__ != "DaskTaskRunner":
         return 0
-    from prefect_dask import get_dask_client
-
-    with get_dask_client() as client:
-        return len(client.scheduler_info(n_workers=-1)["workers"])
+    return len(context.task_runner.client.scheduler_info(n_workers=-1)["workers"])  # type: ignore[attr-defined]
 
 
 def run_all(name: str, function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:

@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, verify, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.progress import track
+from tasks.engine import num_workers, run_all, with_engine
 from tasks.locks import hold
 from tasks.stage import GIVEN, folder, is_done, root, stage
 
@@ -193,6 +194,38 @@ def run_number_and_stay(value: int) -> None:
 
 def run_march(num_steps: int, submitted: bool) -> None:
     march_in_flow(num_steps, submitted)
+
+
+def add_up(values: list[int]) -> None:
+    for value in values:
+        number(Number(value=value))
+
+
+@flow(persist_result=False)
+def spread(calls: list[list[int]]) -> int:
+    """Each call on a worker, if there are any, else here. Returns the number of workers."""
+    workers = num_workers()
+    if workers:
+        run_all("add_up", add_up, [(values,) for values in calls])
+    else:
+        for values in calls:
+            add_up(values)
+    return workers
+
+
+def _use_dask() -> None:
+    os.environ["CPDIFF_DASK"] = "local:2"
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the workers start anew
+
+
+def run_spread_on_dask(calls: list[list[int]]) -> None:
+    _use_dask()
+    log(f"{with_engine(spread)(calls)} workers")
+
+
+def run_march_on_dask(num_steps: int) -> None:
+    _use_dask()
+    with_engine(march_in_flow)(num_steps, True)
 
 
 def run_slow(seconds: float) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from cpdiff_core.config import RuntimeConfig, UserError, fingerprint
 from cpdiff_core.domains.style.base import (
     BLOCK_PATTERN,
+    EMBEDDED_FOLDER,
     TARGET_MODULES,
     TEMPLATES,
     Captions,
@@ -113,6 +114,7 @@ def test_damaged_base_is_one_line(tmp_path: Path) -> None:
         load_transformer(base, ROOT)
 
 
+@pytest.mark.skipif(not EMBEDDED_FOLDER.is_dir(), reason="the embedded tiny base has not been trained yet")
 def test_embedded_base_is_small_and_of_the_documented_size() -> None:
     base = resolve_base(EmbeddedBase())
     assert spec_of(base, ROOT).image_size == 32
