@@ -20,7 +20,7 @@ from cpdiff_core.lora.zoo import VectorSet, Zoo
 from cpdiff_core.reports.facts import FACTS_FILE
 from flows.pipeline import run_experiment
 from flows.steps import fit_generator, fit_heads, harvest, runs_of
-from tasks import bundles, stages
+from tasks import bundle_stages, stages
 from tasks.stage import folder, root
 
 
@@ -65,7 +65,7 @@ def bundle_experiment(
         head=f"{config.head.kind}, fitted before the adapters were trained and fixed since",
     )  # fmt: skip
     task_heads = tuple(bundles.TaskHead(task=name, head=head) for name, head in heads.items())
-    return str(folder(bundles.bundle_generator(card, generator, task_heads, zoo, num_references)))
+    return str(folder(bundle_stages.bundle_generator(card, generator, task_heads, zoo, num_references)))
 
 
 def _verdicts(experiment: ExperimentConfig, runtime: RuntimeConfig) -> dict[str, str]:

@@ -18,7 +18,7 @@ from cpdiff_core.lora.vectors import evenly_spaced
 from cpdiff_core.lora.zoo import TaskHarvests, Zoo, load_checkpoints
 from cpdiff_core.zoo_folder import ZooGeneratorConfig, base_name_of, find_zoo, shared_shape, write_zoo_task
 from flows.steps import fit_heads, harvest, runs_of
-from tasks import bundles, stages
+from tasks import bundle_stages, stages
 from tasks.stage import folder
 
 
@@ -46,13 +46,13 @@ def import_zoo(
         )
     model = resolve_base_model(BaseModelConfig(name=base or base_name_of(tasks)))
     lora, target_modules, layout = shared_shape(tasks, model)
-    harvests = [bundles.import_harvest(task, layout) for task in tasks]
+    harvests = [bundle_stages.import_harvest(task, layout) for task in tasks]
     zoo = Zoo(
         tasks=tuple(TaskHarvests(task=t.card.name, runs=(run,)) for t, run in zip(tasks, harvests, strict=True)),
         num_checkpoints=min(len(task.adapters) for task in tasks),
     )
     names = tuple(task.card.name for task in tasks)
-    conditions = bundles.encode_descriptions(
+    conditions = bundle_stages.encode_descriptions(
         config.condition, names, tuple(task.card.description for task in tasks), runtime=runtime
     )
     normalizer = stages.fit_normalization(config.normalization, zoo)
@@ -79,7 +79,7 @@ def import_zoo(
         bundles.TaskHead(task=name, head=run if read_tensors(folder(run), stages.HEAD_FILE) else None)
         for name, run in zip(names, harvests, strict=True)
     )
-    return str(folder(bundles.bundle_generator(card, generator, heads, zoo, num_references)))
+    return str(folder(bundle_stages.bundle_generator(card, generator, heads, zoo, num_references)))
 
 
 @flow(name="export-zoo", persist_result=False)
