@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test torture lint types install clean
+.PHONY: quickstart test torture lock audit lint types install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/cpdiff run quickstart
@@ -16,6 +16,19 @@ test: $(VENV)/.installed-dev
 KILLS ?= 100
 torture: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --kills $(KILLS)
+
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --strip-extras --extra dask --extra s3 --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --output-file requirements.lock pyproject.toml
+
+# Known vulnerabilities of the locked packages, and, counted, those that could not be looked up.
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pip-audit
+	-$(BIN)/pip-audit --strict --no-deps --disable-pip -r requirements.lock
+	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.lock -f json | $(BIN)/python -c 'import json, sys; \
+		found = json.load(sys.stdin)["dependencies"]; skipped = [item for item in found if "skip_reason" in item]; \
+		print(len(found) - len(skipped), "packages audited,", len(skipped), "not audited")'
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; make PYTHON=python3.11")'

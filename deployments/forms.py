@@ -17,25 +17,32 @@ from pydantic import Field
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest
 from cpdiff_core.experiments import EXPERIMENTS, TABLES, BaseName, ExperimentConfig, TableName, experiment
+from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 from deployments import confinement
 from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
 from flows.benchmark import ALL_PARTS, Part, run_benchmarks
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
+from flows.style import run_style_experiment
+from tasks.engine import with_engine
 from tasks.stage import root
 
-ExperimentName = Literal[tuple(EXPERIMENTS)]  # type: ignore[valid-type]
+ExperimentName = Literal[(*EXPERIMENTS, *STYLE_EXPERIMENTS)]  # type: ignore[valid-type]
 Device = Literal["auto", "cpu", "cuda"]
 Threads = Annotated[int, Field(ge=1)] | None
 
 FLOW_OPTIONS: dict[str, Any] = {"persist_result": False}
 
 
-def _chosen(value: ExperimentName | ExperimentConfig) -> ExperimentConfig:
+def _chosen(value: ExperimentName | ExperimentConfig) -> ExperimentConfig | StyleExperimentConfig:
     if isinstance(value, str):
-        return experiment(value)
+        return STYLE_EXPERIMENTS[value] if value in STYLE_EXPERIMENTS else experiment(value)
     confinement.check_experiment(value)
     return value
+
+
+def _flow_of(config: ExperimentConfig | StyleExperimentConfig) -> Any:
+    return with_engine(run_experiment) if isinstance(config, ExperimentConfig) else run_style_experiment
 
 
 def _name_of(value: Any) -> str:
@@ -67,7 +74,8 @@ def run_experiment_form(
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads; leave empty for torch's choice.
     """
-    return run_experiment.fn(_chosen(experiment), confinement.runtime(device, num_threads))
+    config = _chosen(experiment)
+    return str(_flow_of(config)(config, confinement.runtime(device, num_threads)))
 
 
 @flow(name="reproduce-table", flow_run_name=_table_run, **FLOW_OPTIONS)
@@ -83,7 +91,7 @@ def reproduce_table_form(
         num_threads: CPU threads; leave empty for torch's choice.
     """
     runtime = confinement.runtime(device, num_threads)
-    return [run_experiment(row, runtime) for row in TABLES[table](base)]
+    return [str(with_engine(run_experiment)(row, runtime)) for row in TABLES[table](base)]
 
 
 @flow(name="rerun-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)
@@ -106,7 +114,7 @@ def rerun_experiment_form(
     config = _chosen(experiment)
     base, fresh = root(), fresh_roots(root(), config.name)
     earlier = previous_root(base, config.name)
-    report = on_root(fresh.new(), run_experiment, config, confinement.runtime(device, num_threads))
+    report = on_root(fresh.new(), _flow_of(config), config, confinement.runtime(device, num_threads))
     warnings = compare(config.name, earlier, fresh.newest())
     fresh.prune(keep)
     return warn(config.name, warnings, report)

@@ -217,11 +217,12 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
     from cpdiff_core.style_experiments import StyleExperimentConfig
     from flows.pipeline import run_experiment
     from flows.style import run_style_experiment
+    from tasks.engine import with_engine
 
     try:
         if isinstance(experiment, StyleExperimentConfig):
             return Path(run_style_experiment(experiment, runtime))
-        return Path(run_experiment(experiment, runtime))
+        return Path(with_engine(run_experiment)(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error

@@ -9,6 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.responses import DeploymentResponse
 
 from cpdiff_core.experiments import EXPERIMENTS
+from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 from deployments.deploy import DEPLOYMENTS, deploy
 
 
@@ -69,6 +70,6 @@ def test_every_field_of_every_form_is_described_and_has_a_default(lines: list[st
 
 def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: list[str]) -> None:
     by_name, whole = properties("run-experiment")["experiment"]["anyOf"]
-    assert by_name["enum"] == list(EXPERIMENTS)
+    assert set(by_name["enum"]) == {*EXPERIMENTS, *STYLE_EXPERIMENTS}
     assert whole["$ref"].endswith("ExperimentConfig")
     assert properties("run-benchmarks")["steps"]["minimum"] == 5
