@@ -22,6 +22,8 @@ from pydantic import Field
 from cpdiff_core.config import Config, UserError
 
 NUM_RESAMPLES = 100
+_CHUNK = 2**22
+"""Numbers of one batch of resamples, float64: 32 MiB."""
 
 
 class Spread(Config):
@@ -44,7 +46,8 @@ class Spread(Config):
 
 def frechet_distance(x_ND: torch.Tensor, y_ND: torch.Tensor) -> float:
     """Between the Gaussians of two sets of features, float64. Raises UserError for fewer than two rows."""
-    return float(_Pair(x_ND, y_ND).frechet())
+    every = [torch.arange(len(part), device=part.device)[None] for part in (x_ND, y_ND)]
+    return float(_Pair(x_ND, y_ND).frechet(*every))
 
 
 def kernel_distance(x_ND: torch.Tensor, y_ND: torch.Tensor) -> float:
@@ -59,26 +62,27 @@ class _Pair:
         if min(len(x_ND), len(y_ND)) < 2:
             raise UserError(f"{len(x_ND)} and {len(y_ND)} images: a distance needs at least two on either side")
         self.x, self.y = x_ND.double(), y_ND.double()
-        self.xx, self.yy, self.xy = self.x @ self.x.T, self.y @ self.y.T, self.x @ self.y.T
+        self.xy = self.x @ self.y.T
 
-    def frechet(self, i: torch.Tensor | None = None, j: torch.Tensor | None = None) -> torch.Tensor:
-        """Of the rows i of x and j of y, both with repetitions; of all rows if None."""
-        i = torch.arange(len(self.x), device=self.x.device) if i is None else i
-        j = torch.arange(len(self.y), device=self.x.device) if j is None else j
-        xy = self.xy[i][:, j]
-        centred = xy - xy.mean(0) - xy.mean(1, keepdim=True) + xy.mean()
-        if len(i) > len(j):
-            centred = centred.T
-        root = torch.linalg.eigvalsh(centred @ centred.T).clamp_min(0).sqrt().sum()
-        mean_x, mean_y = self.x[i].mean(0), self.y[j].mean(0)
-        trace_x = (self.xx.diagonal()[i].sum() - len(i) * mean_x.square().sum()) / (len(i) - 1)
-        trace_y = (self.yy.diagonal()[j].sum() - len(j) * mean_y.square().sum()) / (len(j) - 1)
-        cross = root / ((len(i) - 1) * (len(j) - 1)) ** 0.5
-        return (mean_x - mean_y).square().sum() + trace_x + trace_y - 2 * cross
+    def frechet(self, i_RN: torch.Tensor, j_RM: torch.Tensor) -> torch.Tensor:
+        """[R]: of the rows i of x and j of y, both with repetitions, for every one of R resamples."""
+        n, m = i_RN.shape[1], j_RM.shape[1]
+        cross = self.xy[i_RN.unsqueeze(2), j_RM.unsqueeze(1)]
+        cross = cross - cross.mean(1, keepdim=True) - cross.mean(2, keepdim=True) + cross.mean((1, 2), keepdim=True)
+        square = cross @ cross.mT if n <= m else cross.mT @ cross
+        root = torch.linalg.eigvalsh(square).clamp_min(0).sqrt().sum(1)
+        means, traces = [], []
+        for part, rows, count in ((self.x, i_RN, n), (self.y, j_RM, m)):
+            weight = torch.zeros(len(rows), len(part), dtype=part.dtype, device=part.device)
+            weight.scatter_add_(1, rows, torch.ones_like(rows, dtype=part.dtype))
+            means.append(weight @ part / count)
+            traces.append((weight @ part.square().sum(1) - count * means[-1].square().sum(1)) / (count - 1))
+        distance = (means[0] - means[1]).square().sum(1)
+        return distance + traces[0] + traces[1] - 2 * root / ((n - 1) * (m - 1)) ** 0.5  # type: ignore[no-any-return]
 
     def kernel(self) -> torch.Tensor:
         width = self.x.shape[1]
-        k_xx, k_yy, k_xy = ((gram / width + 1) ** 3 for gram in (self.xx, self.yy, self.xy))
+        k_xx, k_yy, k_xy = ((gram / width + 1) ** 3 for gram in (self.x @ self.x.T, self.y @ self.y.T, self.xy))
         n, m = len(k_xx), len(k_yy)
         within_x = (k_xx.sum() - k_xx.diagonal().sum()) / (n * (n - 1))
         within_y = (k_yy.sum() - k_yy.diagonal().sum()) / (m * (m - 1))
@@ -114,9 +118,10 @@ def resampled_distance(
     """The distance of x to the reference y and its bootstrap, whose draws depend on the style and the sizes alone."""
     pair = _Pair(x_ND, y_ND)
     rng = np.random.default_rng([zlib.crc32(style.encode()), len(x_ND), len(y_ND)])
-    draws = [(rng.integers(len(x_ND), size=len(x_ND)), rng.integers(len(y_ND), size=len(y_ND))) for _ in range(num_resamples)]
-    values = [float(pair.frechet(*(torch.from_numpy(rows).to(pair.x.device) for rows in draw))) for draw in draws]
-    return ResampledDistance(float(pair.frechet()), np.array(values))
+    i_RN, j_RM = (torch.from_numpy(rng.integers(count, size=(num_resamples, count))) for count in (len(x_ND), len(y_ND)))
+    size = max(1, _CHUNK // (len(x_ND) * len(y_ND)))
+    values = [pair.frechet(i, j) for i, j in zip(i_RN.split(size), j_RM.split(size), strict=True)]
+    return ResampledDistance(frechet_distance(x_ND, y_ND), torch.cat(values).numpy())
 
 
 class StyleClassifier(Config):
