@@ -16,7 +16,7 @@ from pydantic import Field
 
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest
-from cpdiff_core.experiments import EXPERIMENTS, TABLES, BaseName, ExperimentConfig, TableName, experiment
+from cpdiff_core.experiments import EXPERIMENTS, BaseName, ExperimentConfig, TableName, experiment
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 from deployments import confinement
 from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
@@ -24,6 +24,7 @@ from flows.benchmark import ALL_PARTS, Part, run_benchmarks
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment
+from flows.tables import reproduce_table
 from tasks.engine import with_engine
 from tasks.stage import root
 
@@ -80,18 +81,22 @@ def run_experiment_form(
 
 @flow(name="reproduce-table", flow_run_name=_table_run, **FLOW_OPTIONS)
 def reproduce_table_form(
-    table: TableName = "table1", base: BaseName = "minilm-l6", device: Device = "auto", num_threads: Threads = None
-) -> list[str]:
+    table: TableName = "table1",
+    base: BaseName = "minilm-l6",
+    num_seeds: Annotated[int, Field(ge=1)] = 1,
+    device: Device = "auto",
+    num_threads: Threads = None,
+) -> str:
     """Run every row of one of the paper's tables, one after another; rows share what they have in common.
 
     Args:
         table: Which table of the paper; extra holds the rows that the paper does not have.
         base: The base model. minilm-l6 needs no download; the others are found on the hub or in a local folder.
+        num_seeds: Seeds per row; more than one gives intervals over seeds.
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads; leave empty for torch's choice.
     """
-    runtime = confinement.runtime(device, num_threads)
-    return [str(with_engine(run_experiment)(row, runtime)) for row in TABLES[table](base)]
+    return reproduce_table.fn(table, base, num_seeds, confinement.runtime(device, num_threads))
 
 
 @flow(name="rerun-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)
