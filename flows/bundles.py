@@ -64,7 +64,7 @@ def bundle_experiment(
         target_modules=FAMILIES[resolved.base.family].target_modules,
         head=f"{config.head.kind}, fitted before the adapters were trained and fixed since",
     )  # fmt: skip
-    task_heads = tuple(bundles.TaskHead(task=name, head=head) for name, head in heads.items())
+    task_heads = tuple(bundle_stages.TaskHead(task=name, head=head) for name, head in heads.items())
     return str(folder(bundle_stages.bundle_generator(card, generator, task_heads, zoo, num_references)))
 
 

@@ -76,7 +76,7 @@ def import_zoo(
         settings=config.model_dump(mode="json", include={"normalization"}),
     )  # fmt: skip
     heads = tuple(
-        bundles.TaskHead(task=name, head=run if read_tensors(folder(run), stages.HEAD_FILE) else None)
+        bundle_stages.TaskHead(task=name, head=run if read_tensors(folder(run), stages.HEAD_FILE) else None)
         for name, run in zip(names, harvests, strict=True)
     )
     return str(folder(bundle_stages.bundle_generator(card, generator, heads, zoo, num_references)))
