@@ -60,6 +60,7 @@ class CommandLine:
 
     def __init__(self, folder: Path, api_url: str) -> None:
         self.folder = folder
+        self._started: list[BaseProcess] = []
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
         self.environment = kept | {
             "HF_HUB_OFFLINE": "1", "PREFECT_API_URL": api_url, "PREFECT_LOCAL_STORAGE_PATH": str(folder / "root"),
@@ -72,6 +73,7 @@ class CommandLine:
         environment = self.environment | variables
         process: BaseProcess = self._context.Process(target=child, args=(list(arguments), self.folder, environment))
         process.start()
+        self._started.append(process)
         return process
 
     def start_flow(self, values: dict[str, Any], **runtime: Any) -> BaseProcess:
@@ -79,6 +81,7 @@ class CommandLine:
             target=flow_child, args=(values, self.folder, self.environment, runtime)
         )
         process.start()
+        self._started.append(process)
         return process
 
     def run(self, *arguments: str, **variables: str) -> Outcome:
@@ -86,6 +89,13 @@ class CommandLine:
         process = self.start(*arguments, **variables)
         process.join(120)
         return self.outcome(process, start)
+
+    def kill_all(self) -> None:
+        """What a failed test has left running."""
+        for process in self._started:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
     def outcome(self, process: BaseProcess, start: float = 0.0) -> Outcome:
         read = [(self.folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]

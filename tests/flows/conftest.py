@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def tiny_values(tmp_path: Path, tiny_bert: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, prefect_server: str) -> CommandLine:
-    return CommandLine(tmp_path, prefect_server)
+def cli(tmp_path: Path, prefect_server: str) -> Iterator[CommandLine]:
+    command_line = CommandLine(tmp_path, prefect_server)
+    yield command_line
+    command_line.kill_all()
 
 
 @pytest.fixture
