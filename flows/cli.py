@@ -222,7 +222,8 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
     try:
         if isinstance(experiment, StyleExperimentConfig):
             return Path(run_style_experiment(experiment, runtime))
-        return Path(with_engine(run_experiment)(experiment, runtime))
+        flow: Any = with_engine(run_experiment)
+        return Path(flow(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error
