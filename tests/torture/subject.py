@@ -61,7 +61,7 @@ def write_subject(folder: Path) -> Path:
 
 
 def run(root: Path, api_url: str, file: Path, death: Death | None = None, seed: int = 0) -> None:
-    """Run the experiment; die as ordered. Leaves `<root>.<pid>.json`: the stages computed, or the user's error."""
+    """Run the experiment; die as ordered. Leaves `<pid>.outcome` beside `file`: the stages computed, or the user's error."""
     if death is not None and death != "in a body":
         _die_at(_TRIGGERS[death], random.Random(seed))
     outcome: dict[str, Any]
@@ -73,7 +73,7 @@ def run(root: Path, api_url: str, file: Path, death: Death | None = None, seed: 
             outcome = {"computed": tally()["computed"]}
         except UserError as error:
             outcome = {"error": str(error)}
-    root.with_name(f"{root.name}.{os.getpid()}.json").write_text(json.dumps(outcome))
+    (file.parent / f"{os.getpid()}.outcome").write_text(json.dumps(outcome))
 
 
 def _writes(arguments: tuple[Any, ...]) -> bool:

@@ -68,10 +68,17 @@ class Bench:
         process.join(300)
         if process.exitcode != 0:
             raise RuntimeError(f"the rerun ended with {process.exitcode}")
-        ended = outcome(root, process.pid)
+        ended = self.outcome(process.pid)
         if "error" in ended:
             raise RuntimeError(f"the rerun ended with: {ended['error']}")
         return ended
+
+    def outcome(self, pid: int) -> dict[str, Any]:
+        """What a child that was not killed has left."""
+        file = self.file.with_name(f"{pid}.outcome")
+        value: dict[str, Any] = json.loads(file.read_text())
+        file.unlink()
+        return value
 
     def check(self, root: Path) -> str:
         """Rerun and compare; what is wrong, or nothing."""
@@ -101,13 +108,6 @@ class Bench:
         return died, wrong
 
 
-def outcome(root: Path, pid: int) -> dict[str, Any]:
-    file = root.with_name(f"{root.name}.{pid}.json")
-    value: dict[str, Any] = json.loads(file.read_text())
-    file.unlink()
-    return value
-
-
 def contents(root: Path) -> dict[str, dict[str, str]]:
     """Key -> digests of the files of each artifact."""
     return {key: digests(item) for key, item in survey(root).items() if item.complete}
@@ -120,7 +120,7 @@ def race(bench: Bench, count: int) -> str:
         process.join(600)
     if any(process.exitcode for process in processes):
         return f"exit codes {[process.exitcode for process in processes]}"
-    computed = [outcome(root, process.pid)["computed"] for process in processes]
+    computed = [bench.outcome(process.pid)["computed"] for process in processes]
     if sum(computed) != len(bench.expected):
         return f"{sum(computed)} stages computed for {len(bench.expected)} artifacts: {computed}"
     return "" if contents(root) == bench.expected else "artifacts differ"
@@ -170,12 +170,8 @@ def starved(bench: Bench, first: str, then: str, expected: str) -> str:
         process = bench.start(root)
         process.join(300)
         remount("rw" if first == "ro" else then)
-        told = [path for path in root.parent.glob("root.*.json")]
-        # Where even the outcome could not be written, the child's exit code tells.
-        error = json.loads(told[0].read_text() or "{}").get("error", "") if told else ""
-        for path in told:
-            path.unlink()
-        if process.exitcode == 0 and expected not in error:
+        error = bench.outcome(process.pid).get("error", "")
+        if expected not in error or "\n" in error:
             return f"the user was told {error!r}"
         return bench.check(root)
 
