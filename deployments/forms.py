@@ -150,7 +150,7 @@ def run_benchmarks_form(
 
 @flow(name="generate-adapters", **FLOW_OPTIONS)
 def generate_adapters_form(
-    name: str = "my-adapters", generator: str = "builtin/minilm-l6-glue", request: AdapterRequest | None = None,
+    name: str = "my-adapters", generator: str = "builtin/minilm-glue6", request: AdapterRequest | None = None,
     device: Device = "auto",
 ) -> Any:  # fmt: skip
     """Generate LoRA adapters for a task from a description of it, as PEFT folders with model cards.
