@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cpdiff_core.config import Config, UserError
 from cpdiff_core.progress import is_cancelled
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
 
 
 class Artifact(Config):
@@ -103,6 +104,16 @@ def read_json(folder: Path, name: str) -> Any:
     return json.loads(checked(folder, name).read_text(encoding="utf-8"))
 
 
+def provenance_of(artifacts: Iterable[Artifact], root: Path) -> dict[Artifact, dict[str, Any]]:
+    """What is known of how each artifact was made; shared ones once, those without a record left out."""
+    found = {}
+    for artifact in dict.fromkeys(artifacts):
+        path = artifact.under(root) / PROVENANCE
+        if path.is_file():
+            found[artifact] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def read_tensors(folder: Path, name: str, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     path = checked(folder, name)
     with safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -139,6 +150,15 @@ class ResumeState:
             with safe_open(str(path), framework="pt") as file:
                 numbers = json.loads(file.metadata()["numbers"])
                 return {key: file.get_tensor(key) for key in file.keys()}, numbers  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+
+    def numbers(self) -> dict[str, Any] | None:
+        """The numbers of the saved state without its tensors, which may be gigabytes; None as `load`."""
+        try:
+            with safe_open(str(self.folder / "state.safetensors"), framework="pt") as file:
+                value: dict[str, Any] = json.loads(file.metadata()["numbers"])
+                return value
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 

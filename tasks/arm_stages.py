@@ -22,15 +22,14 @@ from cpdiff_core.evaluation.geometry import embed, geometry
 from cpdiff_core.evaluation.scores import ReportArtifact, load_predictions, write_scores
 from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES, MatchedDistance, match_distance
 from cpdiff_core.experiment_config import ExperimentConfig
-from cpdiff_core.generator.autoencoder import ParameterAutoencoder
-from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
+from cpdiff_core.generator.diffusion import SamplingConfig
 from cpdiff_core.generator.probing import CHANGES, change_condition, trajectory
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.vectors import min_l2_product
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo, load_checkpoints
 from cpdiff_core.reports.comparison import comparison_frame, comparison_table, read_row
 from tasks.stage import GIVEN, folder, root, stage
-from tasks.stages import HEAD_FILE, Generator, load_normalizer
+from tasks.stages import HEAD_FILE, Generator, generator_parts
 
 AUDIT_FILE = "audit.json"
 MATCHED_FILE = "matched.json"
@@ -110,13 +109,10 @@ def generate_changed(
     out: Path, config: SamplingConfig, generator: Generator, task: str, seed: int, *, runtime: RuntimeConfig
 ) -> None:
     """Candidates of every changed condition, change by change, from the noises of `generate_candidates`."""
-    device = device_of(runtime)
     names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
     y_QE = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"]
     q = names.index(task)
-    diffusion = LatentDiffusion.load(folder(generator.diffusion), device)
-    autoencoder = ParameterAutoencoder.load(folder(generator.autoencoder), device)
-    normalizer = load_normalizer(generator.normalizer)
+    diffusion, autoencoder, normalizer = generator_parts(generator, runtime)
     empty_E = diffusion.projection.center_E.cpu()
     y_CE = torch.stack([change_condition(y_QE, q, change, empty_E, seed) for change in CHANGES])
     z_CMCL = diffusion.sample(y_CE, config.num_candidates, seed, config)
@@ -175,13 +171,8 @@ def sampling_trajectory(
     out: Path, config: SamplingConfig, generator: Generator, zoo: Zoo, num: int, seed: int, *, runtime: RuntimeConfig
 ) -> None:
     """How far `num` samples of every task are from its training vectors at each reverse step (Sec. 4.4)."""
-    device = device_of(runtime)
     y_QE = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"]
-    found = trajectory(
-        LatentDiffusion.load(folder(generator.diffusion), device),
-        ParameterAutoencoder.load(folder(generator.autoencoder), device),
-        load_normalizer(generator.normalizer), zoo.load(root()), y_QE, config, num, seed,
-    )  # fmt: skip
+    found = trajectory(*generator_parts(generator, runtime), zoo.load(root()), y_QE, config, num, seed)
     write_json(out / "trajectory.json", found.model_dump())
 
 

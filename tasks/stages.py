@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextvars import copy_context
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import BaseModel
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig
-from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest, FineTuning, HarvestConfig, group_key
+from cpdiff_core.domains.glue.fine_tuning import FineTuning, HarvestConfig, group_key
 from cpdiff_core.domains.glue.heads import HeadConfig
 from cpdiff_core.domains.glue.heads import fit_head as compute_head
 from cpdiff_core.domains.glue.prompts import task_conditions
-from cpdiff_core.domains.glue.stacks import all_devices, device_of, forget_stacks
+from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, SelectionArtifact, score_vectors
 from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.generator.autoencoder import (
@@ -33,17 +31,12 @@ from cpdiff_core.generator.diffusion import DiffusionConfig, LatentDiffusion, Sa
 from cpdiff_core.generator.diffusion import fit_diffusion as compute_diffusion
 from cpdiff_core.generator.normalization import NormalizationConfig, Normalizer
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
-from cpdiff_core.progress import stop_all
 from cpdiff_core.reports.inputs import Generator, ReportInputs
 from cpdiff_core.reports.page import write_report
-from tasks.engine import num_workers, run_all
-from tasks.locks import hold
-from tasks.observe import awaiting_signal, watched
-from tasks.provenance import Meter
-from tasks.stage import GIVEN, bring, cache_key, folder, is_done, resume_state, root, stage
+from tasks.groups import GroupedStage, Member, finished_tensors, train_together
+from tasks.stage import GIVEN, bring, folder, root, stage
 
 HEAD_FILE = "head.safetensors"
-FINISHED_GROUP = "finished_group"
 
 
 @stage("fit_head", label=lambda task: task.name)
@@ -60,161 +53,30 @@ def harvest_checkpoints(
     account: dict[str, Any] = GIVEN,
 ) -> None:  # fmt: skip
     """Commit what a group pass has left, with its share of the cost, or else train this run alone."""
-    state = resume.load()
-    if state is None or not state[1].get("finished"):
-        tuning = FineTuning([config], [read_tensors(folder(head), HEAD_FILE)], runtime)
-        harvest = tuning.run(runtime, resume)[0]
-    else:
-        harvest = CheckpointHarvest(**state[0])
-        account |= state[1].get("account", {})
-    write_tensors(out / HARVEST_FILE, harvest.tensors())
+    tensors = finished_tensors(resume, account) or _train([(config, head)], runtime, resume)[0]
+    write_tensors(out / HARVEST_FILE, tensors)
 
 
 def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact], runtime: RuntimeConfig) -> None:
-    """Train every missing run that can share a pass, under the locks of all of them.
-
-    Each finished run is left as a resume state that its own stage commits, so grouping and resuming are one
-    mechanism. A killed group goes on as the group it was, if the same runs are missing. Where there are several GPUs
-    the runs of a group are divided among them, one thread each.
-    """
-    _hand_out_leftovers(runtime)
-    groups: dict[object, list[tuple[HarvestConfig, Artifact]]] = {}
-    for config, head in zip(configs, heads, strict=True):
-        if not _settled(harvest_checkpoints.artifact(config, head, runtime=runtime), runtime):
-            groups.setdefault(group_key(config), []).append((config, head))
-    workers = num_workers()
-    devices = all_devices(runtime)
-    passes: list[list[tuple[HarvestConfig, Artifact]]] = []
-    for members in groups.values():
-        size = min(runtime.adapters_per_batch or len(members), max(2, -(-len(members) // (workers or len(devices)))))
-        passes += [members[first : first + size] for first in range(0, len(members), size)]
-    if workers:
-        run_all("harvest_group", _harvest_and_commit, [(members, runtime) for members in passes])
-        return
-    if len(devices) == 1:
-        _harvest_passes(passes, runtime)  # in this thread, where signals arrive
-        return
-    places = [runtime.model_copy(update={"device": device}) for device in devices]
-    with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
-        # Prefect's settings, the root among them, belong to a context, which a new thread does not inherit.
-        shares = [
-            pool.submit(copy_context().run, _harvest_passes, passes[i :: len(places)], place)
-            for i, place in enumerate(places)
-        ]
-        try:
-            for share in shares:
-                with awaiting_signal():
-                    share.result()
-        except BaseException:
-            stop_all.set()  # an interrupt reaches this thread alone
-            raise
-        finally:
-            wait(shares)
-            stop_all.clear()
+    """Train every missing run in as few passes as possible; each is committed by its own stage."""
+    members = [
+        Member(harvest_checkpoints.artifact(*work, runtime=runtime), work[0].label, work, group_key(work[0]))
+        for work in zip(configs, heads, strict=True)
+    ]
+    train_together(GroupedStage(_train, _commit), members, runtime)
 
 
-def _harvest_passes(passes: Sequence[Sequence[tuple[HarvestConfig, Artifact]]], runtime: RuntimeConfig) -> None:
-    for members in passes:
-        _harvest_fitting(members, runtime)
-
-
-def _harvest_and_commit(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
-    """A pass on a worker elsewhere, which may share nothing with us but the store: it commits its runs itself."""
-    for _, head in members:
+def _train(
+    works: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig, resume: ResumeState
+) -> list[dict[str, torch.Tensor]]:
+    for _, head in works:
         bring(head)
-    _harvest_fitting(members, runtime)
-    for config, head in members:
-        harvest_checkpoints(config, head, runtime=runtime)
+    tuning = FineTuning([config for config, _ in works], [read_tensors(folder(head), HEAD_FILE) for _, head in works], runtime)
+    return [harvest.tensors() for harvest in tuning.run(runtime, resume)]
 
 
-def _harvest_fitting(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
-    """One pass; if the GPU's memory does not hold it, two passes of half the size."""
-    try:
-        _harvest_group(members, runtime)
-        return
-    except torch.OutOfMemoryError:
-        if len(members) == 1:
-            raise UserError(
-                f"{members[0][0].label}: does not fit the memory of {runtime.device}; lower fine_tune.batch_size or "
-                "fine_tune.max_length, or use a smaller base model"
-            ) from None
-    forget_stacks()
-    torch.cuda.empty_cache()
-    middle = len(members) // 2
-    _harvest_fitting(members[:middle], runtime)
-    _harvest_fitting(members[middle:], runtime)
-
-
-def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:
-    """Whether a run is committed, or finished and waiting for its stage to commit it."""
-    if is_done(artifact) or bring(artifact):
-        return True
-    state = resume_state(artifact, runtime).load()
-    return state is not None and bool(state[1].get("finished"))
-
-
-def _harvest_group(members: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig) -> None:
-    artifacts = [harvest_checkpoints.artifact(config, head, runtime=runtime) for config, head in members]
-    with hold([cache_key(artifact) for artifact in artifacts]):
-        missing = [i for i, artifact in enumerate(artifacts) if not _settled(artifact, runtime)]
-        if len(missing) < 2:  # another process has trained the rest, or a single run: its own stage does that
-            return
-        configs = [members[i][0] for i in missing]
-        meter = Meter(runtime.device)
-        tuning = FineTuning(configs, [read_tensors(folder(members[i][1]), HEAD_FILE) for i in missing], runtime)
-        name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
-        together = Artifact(stage="harvest_group", fingerprint=_short(name))
-        group = resume_state(together, runtime)
-        with watched(together):
-            harvests = tuning.run(runtime, group)
-        account = group_share(meter.provenance(), len(missing))
-        # All at once, before any member has its own: a member that is left alone would train alone, and differ by rounding.
-        named = {artifacts[i].fingerprint: harvest.tensors() for i, harvest in zip(missing, harvests, strict=True)}
-        finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=together.fingerprint), runtime)
-        finished.save(
-            {f"{member}.{name}": tensor for member, tensors in named.items() for name, tensor in tensors.items()},
-            {"members": list(named), "account": account},
-        )
-        group.discard()
-        _hand_out(finished, runtime)
-
-
-def _hand_out(finished: ResumeState, runtime: RuntimeConfig) -> None:
-    """Leave each member of a finished group the state that its own stage commits. Needs the locks of all members."""
-    if (state := finished.load()) is not None:
-        tensors, numbers = state
-        for member in numbers["members"]:
-            artifact = Artifact(stage="harvest_checkpoints", fingerprint=member)
-            own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{member}.")}
-            if not is_done(artifact):
-                resume_state(artifact, runtime).save(own, {"finished": True, "account": numbers["account"]})
-    finished.discard()
-
-
-def _hand_out_leftovers(runtime: RuntimeConfig) -> None:
-    """Go on with groups that finished and were killed before every member had its own."""
-    for path in sorted((root() / ".resume" / FINISHED_GROUP).glob("*")):
-        together = Artifact(stage="harvest_group", fingerprint=path.name)
-        finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=path.name), runtime)
-        members = state[1]["members"] if (state := finished.load()) is not None else []
-        with hold([cache_key(Artifact(stage="harvest_checkpoints", fingerprint=member)) for member in members]):
-            resume_state(together, runtime).discard()
-            _hand_out(finished, runtime)
-
-
-def group_share(provenance: Mapping[str, Any], num_runs: int) -> dict[str, Any]:
-    """What one of `num_runs` runs that trained together cost: an equal share of the pass, since it was last resumed."""
-    seconds = provenance["seconds"]
-    return {
-        "seconds": round(seconds / num_runs, 3), "group_seconds": seconds, "group_runs": num_runs,
-        "peak_gpu_bytes": provenance["peak_gpu_bytes"],
-    }  # fmt: skip
-
-
-def _short(text: str) -> str:
-    from cpdiff_core.config import fingerprint
-
-    return fingerprint("harvest_group", 1, {"members": text})
+def _commit(work: tuple[HarvestConfig, Artifact], runtime: RuntimeConfig) -> object:
+    return harvest_checkpoints(*work, runtime=runtime)
 
 
 def _vectors(zoo: Zoo, normalizer: Artifact) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,6 +92,17 @@ def load_normalizer(artifact: Artifact) -> Normalizer:
     value = read_json(folder(artifact), "normalizer.json")
     config = NormalizationConfig.model_validate(value["config"])
     return Normalizer.from_tensors(config, value["tasks"], read_tensors(folder(artifact), "normalizer.safetensors"))
+
+
+def generator_parts(
+    generator: Generator, runtime: RuntimeConfig
+) -> tuple[LatentDiffusion, ParameterAutoencoder, Normalizer]:
+    """The fitted parts of a generator, the networks on the device."""
+    device = device_of(runtime)
+    return (
+        LatentDiffusion.load(folder(generator.diffusion), device),
+        ParameterAutoencoder.load(folder(generator.autoencoder), device), load_normalizer(generator.normalizer),
+    )  # fmt: skip
 
 
 @stage("fit_normalization")
@@ -293,13 +166,11 @@ def generate_candidates(
     out: Path, config: SamplingConfig, generator: Generator, task: str, seed: int, *, runtime: RuntimeConfig
 ) -> None:
     """w_MK: M candidates of one task from noise and its held-out condition, decoded and de-normalised."""
-    device = device_of(runtime)
     names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
     y_1E = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"][names.index(task)][None]
-    diffusion = LatentDiffusion.load(folder(generator.diffusion), device)
+    diffusion, autoencoder, normalizer = generator_parts(generator, runtime)
     z_MCL = diffusion.sample(y_1E, config.num_candidates, seed, config)[0]
-    normalized_MK = ParameterAutoencoder.load(folder(generator.autoencoder), device).decode(z_MCL).cpu()
-    w_MK = load_normalizer(generator.normalizer).invert(task, normalized_MK)
+    w_MK = normalizer.invert(task, autoencoder.decode(z_MCL).cpu())
     write_tensors(out / CANDIDATE_FILE, {"w_MK": w_MK, "z_MCL": z_MCL})
 
 

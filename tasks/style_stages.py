@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cpdiff_core.artifacts import Artifact, ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import RuntimeConfig, fingerprint
-from cpdiff_core.domains.glue.fine_tuning import CheckpointHarvest
+from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.domains.style.base import TEMPLATES, PretrainedBase, StyleBase, caption, encode_captions
 from cpdiff_core.domains.style.distances import fit_style_classifier as compute_classifier
@@ -32,18 +32,16 @@ from cpdiff_core.evaluation.style_study import (
     score_interpolation,
     trajectory_plane,
 )
-from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.conditions import StyleImageCondition
-from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
-from cpdiff_core.generator.normalization import Normalizer
+from cpdiff_core.generator.diffusion import SamplingConfig
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
 from cpdiff_core.reports.inputs import Generator
 from cpdiff_core.reports.style_page import write_base_quality, write_style_report
 from cpdiff_core.reports.style_tables import StyleReportInputs
 from cpdiff_core.style_experiments import StyleExperimentConfig
-from tasks.locks import hold
-from tasks.stage import GIVEN, cache_key, folder, is_done, resume_state, root, stage
-from tasks.stages import load_normalizer
+from tasks.groups import GroupedStage, Member, finished_tensors, train_together
+from tasks.stage import GIVEN, folder, root, stage
+from tasks.stages import generator_parts
 
 CLASSIFIER_FILE = "classifier.json"
 
@@ -84,48 +82,31 @@ def fit_style_classifier(out: Path, names: tuple[str, ...], real: tuple[Artifact
 
 
 @stage("harvest_style", label=lambda config: config.label)
-def harvest_style(out: Path, config: StyleHarvestConfig, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN) -> None:
-    """Commit what a group pass has left, or else train this run alone."""
-    state = resume.load()
-    if state is None or not state[1].get("finished"):
-        harvest = StyleFineTuning([config], root(), runtime).run(runtime, resume)[0]
-    else:
-        harvest = CheckpointHarvest(**state[0])
-    write_tensors(out / HARVEST_FILE, harvest.tensors())
+def harvest_style(
+    out: Path, config: StyleHarvestConfig, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN,
+    account: dict[str, Any] = GIVEN,
+) -> None:  # fmt: skip
+    """Commit what a group pass has left, with its share of the cost, or else train this run alone."""
+    tensors = finished_tensors(resume, account) or _train([config], runtime, resume)[0]
+    write_tensors(out / HARVEST_FILE, tensors)
 
 
 def harvest_styles_together(configs: Sequence[StyleHarvestConfig], runtime: RuntimeConfig) -> None:
-    """Train every missing run that can share a pass, under the locks of all of them (as `stages.harvest_together`)."""
-    groups: dict[object, list[StyleHarvestConfig]] = {}
-    for config in configs:
-        if not _settled(harvest_style.artifact(config, runtime=runtime), runtime):
-            groups.setdefault(group_key(config), []).append(config)
-    for members in groups.values():
-        size = runtime.adapters_per_batch or len(members)
-        for first in range(0, len(members), size):
-            _harvest_group(members[first : first + size], runtime)
+    """Train every missing run in as few passes as possible; each is committed by its own stage."""
+    members = [
+        Member(harvest_style.artifact(config, runtime=runtime), config.label, config, group_key(config)) for config in configs
+    ]
+    train_together(GroupedStage(_train, _commit), members, runtime)
 
 
-def _settled(artifact: Artifact, runtime: RuntimeConfig) -> bool:
-    if is_done(artifact):
-        return True
-    state = resume_state(artifact, runtime).load()
-    return state is not None and bool(state[1].get("finished"))
+def _train(
+    works: Sequence[StyleHarvestConfig], runtime: RuntimeConfig, resume: ResumeState
+) -> list[dict[str, torch.Tensor]]:
+    return [harvest.tensors() for harvest in StyleFineTuning(list(works), root(), runtime).run(runtime, resume)]
 
 
-def _harvest_group(members: Sequence[StyleHarvestConfig], runtime: RuntimeConfig) -> None:
-    artifacts = [harvest_style.artifact(config, runtime=runtime) for config in members]
-    with hold([cache_key(artifact) for artifact in artifacts]):
-        missing = [i for i, artifact in enumerate(artifacts) if not _settled(artifact, runtime)]
-        if len(missing) < 2:  # another process has trained the rest, or a single run: its own stage does that
-            return
-        name = "-".join(sorted(artifacts[i].fingerprint for i in missing))
-        key = fingerprint("harvest_style_group", 1, {"members": name})
-        group = resume_state(Artifact(stage="harvest_style_group", fingerprint=key), runtime)
-        harvests = StyleFineTuning([members[i] for i in missing], root(), runtime).run(runtime, group)
-        for i, harvest in zip(missing, harvests, strict=True):
-            resume_state(artifacts[i], runtime).save(harvest.tensors(), {"finished": True})
-        group.discard()
+def _commit(work: StyleHarvestConfig, runtime: RuntimeConfig) -> object:
+    return harvest_style(work, runtime=runtime)
 
 
 @stage("encode_style_conditions")
@@ -164,7 +145,7 @@ def interpolate_styles(
     y_QE = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"]
     styles = (first.style, second.style)
     y_2E = torch.stack([y_QE[names.index(style)] for style in styles])
-    parts = _generator_parts(generator, runtime)
+    parts = generator_parts(generator, runtime)
     vectors = {
         "weights": interpolated_weights(w_1K, w_2K),
         "condition": interpolated_conditions(*parts, styles, y_2E, sampling, seed),
@@ -180,21 +161,11 @@ def style_trajectory(
     """Where `num` samples of a style are at each reverse step."""
     names = read_json(folder(generator.conditions), "prompts.json")["tasks"]
     y_E = read_tensors(folder(generator.conditions), "conditions.safetensors")["y_QE"][names.index(style)]
-    parts = _generator_parts(generator, runtime)
+    parts = generator_parts(generator, runtime)
     write_tensors(
         out / TRAJECTORY_FILE,
         trajectory_plane(*parts, style, zoo.load(root())[style], y_E, sampling, num, seed),
     )
-
-
-def _generator_parts(
-    generator: Generator, runtime: RuntimeConfig
-) -> tuple[LatentDiffusion, ParameterAutoencoder, Normalizer]:
-    device = device_of(runtime)
-    return (
-        LatentDiffusion.load(folder(generator.diffusion), device),
-        ParameterAutoencoder.load(folder(generator.autoencoder), device), load_normalizer(generator.normalizer),
-    )  # fmt: skip
 
 
 @stage("style_base_quality")

@@ -69,3 +69,14 @@ def test_cancelled_training_goes_on_where_it_stopped_and_ends_bit_identical(tmp_
     assert state is not None
     assert state[1]["step"] == BLOCK_STEPS
     assert torch.equal(fit(resume), undisturbed)
+
+
+def test_numbers_of_a_saved_state_are_read_without_its_tensors_and_none_if_it_is_cut(tmp_path: Path) -> None:
+    resume = ResumeState(tmp_path)
+    assert resume.numbers() is None
+    resume.save({"w_NK": torch.zeros(4, 1000)}, {"finished": True, "step": 3})
+    assert resume.numbers() == {"finished": True, "step": 3}
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    assert resume.numbers() is None
+    assert resume.load() is None

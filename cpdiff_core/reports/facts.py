@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from cpdiff_core.artifacts import read_json
+from cpdiff_core.artifacts import provenance_of, read_json
 from cpdiff_core.config import Config
 from cpdiff_core.evaluation.bootstrap import Interval, ResampledScore, average_over_tasks, claim
 from cpdiff_core.evaluation.geometry import Geometry
@@ -88,7 +87,8 @@ def collect_facts(inputs: ReportInputs, audits: dict[str, TaskAudit], root: Path
         if seed.trajectory
     )
     against = [audit.against_mean for audit in audits.values() if audit.against_mean is not None]
-    provenance = json.loads((inputs.seeds[0].generator.diffusion.under(root) / "provenance.json").read_text())
+    diffusion = inputs.seeds[0].generator.diffusion
+    provenance = provenance_of([diffusion], root)[diffusion]
     return Facts(
         seeds=tuple(seed.seed for seed in inputs.seeds),
         device=str(provenance.get("device", "")), commit=provenance.get("commit"),
@@ -122,10 +122,8 @@ def _task_facts(task: str, audit: TaskAudit, geometries: list[Geometry]) -> Task
 def stage_costs(inputs: ReportInputs, root: Path) -> dict[str, StageCost]:
     """Seconds by kind of stage, where each artifact was computed; shared artifacts count once."""
     costs: dict[str, list[dict[str, float]]] = {}
-    for artifact in dict.fromkeys(artifacts_in(inputs)):
-        path = artifact.under(root) / "provenance.json"
-        if path.is_file():
-            costs.setdefault(artifact.stage, []).append(json.loads(path.read_text(encoding="utf-8")))
+    for artifact, made in provenance_of(artifacts_in(inputs), root).items():
+        costs.setdefault(artifact.stage, []).append(made)
     return {
         name: StageCost(
             num=len(values), seconds=float(np.sum([value["seconds"] for value in values])),

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import read_json, write_json
+from cpdiff_core.artifacts import provenance_of, read_json, write_json
 from cpdiff_core.evaluation.arms import MEANING
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.experiment_config import ExperimentConfig
@@ -143,9 +143,5 @@ def reading_notes(config: ExperimentConfig, inputs: ReportInputs) -> list[str]:
 
 def cost_rows(inputs: ReportInputs, root: Path) -> list[dict[str, Any]]:
     """Where and in how many seconds each artifact behind the report was computed, from its provenance."""
-    rows = []
-    for artifact in dict.fromkeys(artifacts_in(inputs)):
-        path = artifact.under(root) / "provenance.json"
-        if path.is_file():
-            rows.append({"stage": artifact.stage, "fingerprint": artifact.fingerprint} | json.loads(path.read_text()))
-    return rows
+    found = provenance_of(artifacts_in(inputs), root)
+    return [{"stage": artifact.stage, "fingerprint": artifact.fingerprint} | made for artifact, made in found.items()]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import Artifact, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, provenance_of, read_tensors, write_json
 from cpdiff_core.domains.style.base import StyleBase
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
@@ -173,9 +173,5 @@ def _costs(inputs: StyleReportInputs, root: Path) -> list[dict[str, Any]]:
     artifacts += [inputs.autoencoder, inputs.diffusion, inputs.photo_samples]
     for entry in inputs.arms:
         artifacts += [entry.no_lora, entry.original, entry.soup, entry.generated]
-    rows = []
-    for artifact in artifacts:
-        path = artifact.under(root) / "provenance.json"
-        if path.is_file():
-            rows.append({"stage": artifact.stage, "fingerprint": artifact.fingerprint} | json.loads(path.read_text()))
-    return rows
+    found = provenance_of(artifacts, root)
+    return [{"stage": artifact.stage, "fingerprint": artifact.fingerprint} | made for artifact, made in found.items()]

@@ -120,6 +120,13 @@ def test_same_group_is_bit_identical_and_other_groups_agree_within_rounding(memb
     torch.testing.assert_close(alone.w_NK, first[1].w_NK, atol=2e-5, rtol=1e-4)
 
 
+def test_training_leaves_the_learning_rates_as_they_were_planned(members, heads) -> None:
+    tuning = FineTuning(members, heads, RUNTIME)
+    planned = tuning.rates_TS.copy()
+    tuning.run(RUNTIME)
+    assert (tuning.rates_TS == planned).all()
+
+
 def test_runs_differ_in_order_and_share_their_start(members, heads) -> None:
     runs = [members[0].model_copy(update={"run": number}) for number in (0, 1)]
     assert torch.equal(initial_weights(runs[0]), initial_weights(runs[1]))

@@ -131,9 +131,11 @@ def batch_rows(seed: Sequence[int], step: int, batch_size: int, num_examples: in
     """Examples of step `step`: B consecutive places in an endless sequence of reshuffled epochs."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(places, num_examples)
-    return np.array(
-        [_epoch_order(tuple(seed), int(e), num_examples)[o] for e, o in zip(epochs, offsets, strict=True)], np.int64
-    )
+    parts = [
+        _epoch_order(tuple(seed), epoch, num_examples)[offsets[epochs == epoch]]
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+    ]
+    return np.concatenate(parts)
 
 
 def initial_weights(config: HarvestConfig) -> torch.Tensor:
@@ -375,7 +377,7 @@ class StepProgram:
         """Load the inputs of a step and capture its shape if it is new. Returns the shape."""
         host, num_rows = self.tuning.inputs_of(step, ROW_STEP if self.capture else 1)
         inputs = host.to(self.tuning.stack.device)
-        if self._static is None:
+        if self._static is None or not self.capture:  # only a captured step reads its inputs from fixed places
             self._static = inputs
         else:
             self._static.copy_(inputs)

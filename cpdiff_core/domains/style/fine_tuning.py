@@ -210,7 +210,7 @@ class StyleFineTuning:
                 self.train_step(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other GPUs' threads go on
             loss_S = self.train_step(*static)
         for tensor, value in zip(own, before, strict=True):
             tensor.copy_(value)
