@@ -16,9 +16,8 @@ from pydantic import ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows import cache, generator_commands, study_commands
-from flows.options import DataDir, ExperimentName, Root
-from tasks.environment import check_root, prepare
-from tasks.server import start_server
+from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
+from flows.startup import begin, embedded, runtime_of
 
 app = typer.Typer(
     help="Generate LoRA weights from a description of the task, and learn what they are worth.",
@@ -116,39 +115,30 @@ def show(name: ExperimentName) -> None:
 @app.command()
 def run(
     name: ExperimentName,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    device: Device = "auto",
     root: Root = None,
     data_dir: DataDir = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    threads: Threads = None,
     adapters: Annotated[
         int | None, typer.Option(min=1, help="Adapters per batch; chosen by memory if not given.")
     ] = None,
-    quiet: Annotated[bool, typer.Option(help="No live progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run an experiment; print its table and the path of its report. What is already there is not computed again."""
     started = time.monotonic()
-    path = prepare(root, offline=embedded(name))
-    check_root(path)
-    server = start_server(path)  # before the imports below, which take as long as the server needs
+    session = begin(root, offline=embedded(name))
     experiment = load_experiment(name)
-    runtime = RuntimeConfig(
-        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
-        adapters_per_batch=adapters, progress=not quiet,
-    )  # fmt: skip
+    runtime = runtime_of(device, data_dir, threads, adapters=adapters, progress=not quiet)
     typer.echo(json.dumps(experiment.model_dump(mode="json", exclude={"economies"}), indent=1), err=True)
     typer.echo(f"base model {_found(experiment, data_dir)}", err=True)
-    typer.echo(f"root       {path}", err=True)
+    typer.echo(f"root       {session.root}", err=True)
+    from cpdiff_core.artifacts import checked
     from tasks.report import tally
-    from tasks.stage import clean
 
-    clean(path)
-    if server is not None:
-        server.wait(timeout=120)
-    else:
-        _check_users_server()
+    session.ready()
     report = _run_flow(experiment, runtime)
     counts = tally()
-    typer.echo((report.parent / "summary.txt").read_text(encoding="utf-8"))
+    typer.echo(checked(report.parent, "summary.txt").read_text(encoding="utf-8"))
     typer.echo(
         f"{counts['computed']} stages computed, {counts['cached']} Cached, in {time.monotonic() - started:.0f} s",
         err=True,
@@ -163,38 +153,22 @@ def benchmark(
     ] = None,
     base_model: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",
     steps: Annotated[int, typer.Option(min=5, help="Steps per timing of the training loops.")] = 100,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    device: Device = "auto",
     root: Root = None,
     data_dir: DataDir = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Measure speed on this machine, each figure beside its reference in the same run."""
-    path = prepare(root, offline=base_model == "minilm-l6")
-    check_root(path)
-    server = start_server(path)
-    runtime = RuntimeConfig(
-        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads
-    )
+    session = begin(root, offline=base_model == "minilm-l6")
+    runtime = runtime_of(device, data_dir, threads)
     from flows.benchmark import ALL_PARTS, run_benchmarks, table
 
     if unknown := set(part or ()) - set(ALL_PARTS):
         raise UserError(f"--part {sorted(unknown)[0]!r}: is unknown; choose among {', '.join(ALL_PARTS)}")
-    if server is not None:
-        server.wait(timeout=120)
+    session.ready()
     result = Path(run_benchmarks(tuple(p for p in ALL_PARTS if not part or p in part), base_model, steps, runtime=runtime))
     typer.echo(table(result))
     typer.echo(f"\nfigures: {result}")
-
-
-def _check_users_server() -> None:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        if (fault := client.api_healthcheck()) is not None:
-            raise UserError(
-                f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({fault}); "
-                "start the server, or unset it"
-            )
 
 
 def _found(experiment: Any, data_dir: Path | None) -> str:
@@ -234,36 +208,6 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
 def _interrupted(number: int, frame: object = None) -> NoReturn:
     typer.echo(INTERRUPTED, err=True)
     sys.exit(128 + number)
-
-
-def embedded(name: str) -> bool:
-    """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
-    if not name.endswith(".json"):
-        return name.startswith("quickstart")
-    try:
-        value = json.loads(Path(name).read_text(encoding="utf-8"))
-        kinds = {task["data"]["kind"] for task in value["tasks"]}
-        return value.get("base_model", {}).get("name", "minilm-l6") == "minilm-l6" and kinds <= {"excerpt", "files"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # whatever is wrong is reported when the file is read in earnest
-
-
-def checked_device(device: str) -> str:
-    import torch
-
-    try:
-        kind = device if device == "auto" else torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"--device {device!r}: is no device; use auto, cpu, cuda or cuda:<index>") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device!r}: torch sees no CUDA device here; use cpu, or install a CUDA build of torch"
-        )
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if kind not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device!r}: is not supported; use auto, cpu, cuda or cuda:<index>")
-    return device
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import typer
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
+from flows.startup import begin, embedded, runtime_of
 
 GeneratorName = Annotated[
     str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json) that has been run.")
@@ -41,7 +42,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Adapters for a described task: PEFT folders with model cards, chosen and compared where there is data."""
-    runtime = _runtime(device, data_dir, threads, quiet)
+    runtime = runtime_of(device, data_dir, threads, progress=not quiet)
     folder = _folder_of(generator, runtime, root)
     from cpdiff_core.bundle import Generator
     from cpdiff_core.delivery import AdapterRequest, deliver
@@ -63,7 +64,7 @@ def export_generator(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write an experiment's generator as a folder that works on any machine, without the training data."""
-    _export(_folder_of(experiment, _runtime(device, data_dir, threads, quiet), root), out, compact)
+    _export(_folder_of(experiment, runtime_of(device, data_dir, threads, progress=not quiet), root), out, compact)
 
 
 def import_zoo(
@@ -79,7 +80,7 @@ def import_zoo(
     pairs = [text.partition("=") for text in describe or ()]
     if wrong := [name for name, sign, words in pairs if not (sign and words.strip())]:
         raise UserError(f"--describe {wrong[0]!r}: must be TASK=description")
-    runtime = _runtime(device, None, threads, quiet)
+    runtime = runtime_of(device, None, threads, progress=not quiet)
 
     def train() -> str:
         from cpdiff_core.zoo_folder import ZooGeneratorConfig
@@ -99,7 +100,7 @@ def export_zoo(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write an experiment's harvested checkpoints as PEFT folders with a data card."""
-    runtime = _runtime(device, data_dir, threads, quiet)
+    runtime = runtime_of(device, data_dir, threads, progress=not quiet)
 
     def write() -> str:
         from flows.cli import load_experiment
@@ -107,7 +108,7 @@ def export_zoo(
 
         return flow(load_experiment(experiment), str(out), num, runtime)
 
-    typer.echo(f"zoo: {with_root(root, _offline(experiment), write)}")
+    typer.echo(f"zoo: {with_root(root, embedded(experiment), write)}")
 
 
 Adapters = Annotated[list[Path], typer.Argument(help="PEFT folders of one base model.")]
@@ -140,7 +141,7 @@ def compare(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Two experiments side by side, arm by arm, paired on the same examples. What is missing is computed."""
-    runtime = _runtime(device, data_dir, threads, quiet)
+    runtime = runtime_of(device, data_dir, threads, progress=not quiet)
 
     def table() -> str:
         from cpdiff_core.comparison import compare, comparison_table
@@ -152,7 +153,7 @@ def compare(
         a, b = (load_results(Path(run_experiment(experiment, runtime)).parent) for experiment in experiments)
         return comparison_table(compare(a, b), experiments[0].name, experiments[1].name)
 
-    typer.echo(with_root(root, _offline(first) and _offline(second), table))
+    typer.echo(with_root(root, embedded(first) and embedded(second), table))
 
 
 def _compose(how: str, folders: list[Path], weights: list[float] | None, out: Path) -> None:
@@ -191,26 +192,16 @@ def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str
 
         return bundle_experiment(load_experiment(generator), runtime)
 
-    return with_root(root, _offline(generator), bundle)
+    return with_root(root, embedded(generator), bundle)
 
 
 def with_root(root: Path | None, offline: bool, use: Callable[[], str]) -> str:
     """Prepare root and server, as `cpdiff run` does, and call `use`, which runs a flow."""
-    from tasks.environment import check_root, prepare
-    from tasks.server import start_server
+    session = begin(root, offline)
+    import flows.pipeline  # noqa: F401 - the heavy import, while the server comes up
 
-    path = prepare(root, offline=offline)
-    check_root(path)
-    server = start_server(path)
-    if server is not None:
-        server.wait(timeout=120)
+    session.ready()
     return use()
-
-
-def _offline(experiment: str) -> bool:
-    from flows.cli import embedded
-
-    return embedded(experiment)
 
 
 def _export(folder: str, out: Path, compact: bool) -> None:
@@ -219,15 +210,6 @@ def _export(folder: str, out: Path, compact: bool) -> None:
     copy_generator(Path(folder), out, compact)
     size = sum(path.stat().st_size for path in out.iterdir())
     typer.echo(f"generator: {out} ({size / 1e6:.1f} MB); use it with `cpdiff generate {out} ...`")
-
-
-def _runtime(device: str, data_dir: Path | None, threads: int | None, quiet: bool) -> RuntimeConfig:
-    from flows.cli import checked_device
-
-    return RuntimeConfig(
-        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
-        progress=not quiet,
-    )  # fmt: skip
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import UserError
 from flows.options import DataDir, Device, Root, Threads
+from flows.startup import begin, runtime_of
 from tasks.environment import check_root, prepare
-from tasks.server import start_server
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,10 @@ def results(
 ) -> None:  # fmt: skip
     """docs/RESULTS.md: Tables 1, 3, 4a, 4b, 4c on MiniLM with three seeds, the audit and the claims."""
     started = time.monotonic()
-    runtime, _ = _begin(device, root, data_dir, threads, offline=data_dir is not None, progress=False, server=False)
+    path = prepare(root, offline=data_dir is not None)
+    check_root(path)  # no server: every worker has its own
+    print(f"root       {path}", file=sys.stderr)
+    runtime = runtime_of(device, data_dir, threads, progress=False)
     from cpdiff_core.experiments import RESULTS
     from flows.results import run_all, write_results
 
@@ -47,17 +50,20 @@ def table(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
 ) -> None:  # fmt: skip
     """One of the paper's tables: every row computed, what rows share once, the paper's numbers beside."""
-    runtime, server = _begin(device, root, data_dir, threads, offline=base == "minilm-l6" and data_dir is not None)
+    session = begin(root, offline=base == "minilm-l6" and data_dir is not None)
+    print(f"root       {session.root}", file=sys.stderr)
+    runtime = runtime_of(device, data_dir, threads)
     from cpdiff_core.experiments import BASES, TABLES
 
     for option, value, known in (("table", name, TABLES), ("--base", base, BASES)):
         if value not in known:
             raise UserError(f"{option} {value!r}: is unknown; choose one of {', '.join(known)}")
+    from cpdiff_core.artifacts import checked
     from flows.tables import reproduce_table
 
-    _wait(server)
+    session.ready()
     made = Path(reproduce_table(name, base, seeds, runtime))  # type: ignore[call-overload]  # checked above
-    typer.echo(made.read_text(encoding="utf-8"))
+    typer.echo(checked(made.parent, made.name).read_text(encoding="utf-8"))
     typer.echo(f"table: {made}")
 
 
@@ -67,34 +73,15 @@ def search(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
 ) -> None:  # fmt: skip
     """The hyper-parameter search of Sec. 4.1 on the held-out split; kept under cpdiff_core/tuned it becomes a preset."""
-    runtime, server = _begin(device, root, data_dir, threads, offline=base == "minilm-l6" and data_dir is not None)
+    session = begin(root, offline=base == "minilm-l6" and data_dir is not None)
+    print(f"root       {session.root}", file=sys.stderr)
+    runtime = runtime_of(device, data_dir, threads)
     from cpdiff_core.domains.base_models import BaseModelConfig
     from cpdiff_core.domains.glue.search import SearchConfig
     from flows.search import search_hyper_parameters
 
-    _wait(server)
+    session.ready()
     config = SearchConfig(base_model=BaseModelConfig(name=base))
     out.parent.mkdir(parents=True, exist_ok=True)
     search_hyper_parameters(config, str(out.resolve()), runtime)
     typer.echo(f"kept set and evidence: {out}")
-
-
-def _begin(
-    device: str, root: Path | None, data_dir: Path | None, threads: int | None, offline: bool = False, progress: bool = True,
-    server: bool = True,
-) -> tuple[RuntimeConfig, Any]:
-    path = prepare(root, offline=offline)
-    check_root(path)
-    started = start_server(path) if server else None  # before the heavy imports, which take as long as the server needs
-    print(f"root       {path}", file=sys.stderr)
-    from flows.cli import checked_device  # at the top it would be a circle: cli registers these commands
-
-    runtime = RuntimeConfig(
-        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads, progress=progress
-    )
-    return runtime, started
-
-
-def _wait(server: Any) -> None:
-    if server is not None:
-        server.wait(timeout=120)

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
+from cpdiff_core.artifacts import read_json
 from cpdiff_core.config import RuntimeConfig
-from tasks.environment import check_root, prepare
-from tasks.server import start_server
+from flows.startup import begin
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 
@@ -30,26 +30,23 @@ def main(
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks on a GPU.")] = True,
 ) -> None:
     """Pretrain bases through the cached stages; print the distance to held-out photographs beside the floor."""
-    path = prepare(root, offline=True)
-    check_root(path)
-    server = start_server(path)
+    session = begin(root, offline=True)
     runtime = RuntimeConfig(device=device, data_dir=str(data_dir), compile=compiled)
     from cpdiff_core.style_experiments import BASE_32, BASE_64
     from flows.style import measure_style_base
 
-    if server is not None:
-        server.wait(timeout=120)
+    session.ready()
     for side in size:
         config = {32: BASE_32, 64: BASE_64}[side]
         if steps is not None:
             config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
         started = time.monotonic()
         folder = Path(measure_style_base(config, GUIDANCE_SCALES, runtime))
-        quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+        quality = read_json(folder, "quality.json")
         typer.echo(json.dumps(quality, indent=1))
         typer.echo(f"{side} px: {time.monotonic() - started:.0f} s in all; samples: {folder / 'sheet.png'}")
         if export is not None:
-            base = path / quality["base"]["stage"] / quality["base"]["fingerprint"]
+            base = session.root / quality["base"]["stage"] / quality["base"]["fingerprint"]
             copy_base(base, folder, export / str(side))
 
 

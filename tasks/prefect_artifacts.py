@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from cpdiff_core.artifacts import checked
+
 FIGURES = ("novelty", "similarity", "tsne", "trajectory")
 
 
@@ -22,13 +24,13 @@ def table_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def publish(name: str, report: Path) -> None:
     """Publish results.csv as a table and summary.txt with the figures as markdown, from the report's folder."""
     key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    frame = pd.read_csv(report / "results.csv")
+    frame = pd.read_csv(checked(report, "results.csv"))
     create_table_artifact(
         key=f"{key}-results", table=table_rows(frame), description=f"Results of {name}"
     )
-    text = (report / "summary.txt").read_text(encoding="utf-8")
+    text = checked(report, "summary.txt").read_text(encoding="utf-8")
     images = [
-        f"![{figure}](data:image/png;base64,{base64.b64encode((report / f'{figure}.png').read_bytes()).decode()})"
+        f"![{figure}](data:image/png;base64,{base64.b64encode(checked(report, f'{figure}.png').read_bytes()).decode()})"
         for figure in FIGURES
         if (report / f"{figure}.png").is_file()
     ]

@@ -18,8 +18,8 @@ from cpdiff_core.experiments import EXPERIMENTS, ExperimentConfig
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 
 
-def write(folder: Path, value: Any) -> str:
-    path = folder / "mine.json"
+def write(folder: Path, value: Any, name: str = "mine.json") -> str:
+    path = folder / name
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return str(path)
 
@@ -125,6 +125,9 @@ def test_missing_models_and_data_are_named_in_seconds(cli: CommandLine, tmp_path
 def test_hub_that_cannot_be_reached_is_said_within_seconds(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
     """Online as far as the settings go, with a hub address where nobody listens."""
     hub = write(tmp_path, changed(tiny_values, "base_model.name", "nobody/nothing"))
+    data = write(tmp_path, changed(tiny_values, "tasks.0.data", {"kind": "hub", "dataset": "nobody/nothing"}), "data.json")
+    outcome = cli.run("run", data, "--data-dir", "data", HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert_fault(outcome, "dataset 'nobody/nothing'", "--data-dir DIR")
     outcome = cli.run("run", hub, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
     assert_fault(outcome, "base_model.name 'nobody/nothing'", "minilm-l6")
     assert outcome.seconds < 10, "the hub is asked for 4 seconds at most; the rest is a busy machine"
@@ -171,6 +174,13 @@ def test_altered_and_truncated_artifacts_name_the_stage(cli: CommandLine, tmp_pa
     computed = [line.split()[1] for line in ended(outcome, "Completed")]
     assert sorted(computed) == ["report", "score_report"], "the damaged one and the report"
     assert len(ended(outcome, "Cached")) >= len(ended(first, "Completed")) - 2
+    for name in ("summary.txt", "results.csv"):  # what is shown of a report that is Cached
+        file = next((tmp_path / "root" / "report").glob(f"*/{name}"))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + b"9\n")
+        assert_fault(cli.run(*command), name, "truncated or altered", "stage 'report' will be recomputed")
+        file.write_bytes(whole)
+    assert cli.run(*command).code == 0
 
 
 def test_server_that_does_not_answer_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:

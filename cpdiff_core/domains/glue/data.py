@@ -110,7 +110,6 @@ def resolve_task(task: TextTask, data_dir: Path | None) -> ResolvedTask:
 
 def _resolve_hub(name: str, hub: HubData) -> ResolvedHub:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         info = HfApi().dataset_info(hub.dataset, revision=hub.revision, timeout=4)
@@ -119,7 +118,7 @@ def _resolve_hub(name: str, hub: HubData) -> ResolvedHub:
             dataset=hub.dataset, subset=hub.subset, commit=info.sha, train_split=hub.train_split,
             validation_split=hub.validation_split,
         )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the hub's client and whichever HTTP library it has raise their own
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
             f"task {name!r}: dataset {hub.dataset!r} cannot be had from the hub ({reason}); give local files with "

@@ -1,0 +1,92 @@
+"""How a command starts: root and settings first, then a server that comes up beside the heavy imports.
+
+Nothing here imports torch or Prefect before it must: HF_HUB_OFFLINE and Prefect's settings are read at import.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpdiff_core.config import RuntimeConfig, UserError
+from tasks.environment import check_root, prepare
+from tasks.server import TemporaryServer, start_server
+
+SERVER_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command that runs flows has started. server: None if the user has one (PREFECT_API_URL)."""
+
+    root: Path
+    server: TemporaryServer | None
+
+    def ready(self) -> None:
+        """Return when a Prefect server answers. To be called after the heavy imports, before the first flow."""
+        from tasks.stage import clean
+
+        clean(self.root)
+        if self.server is not None:
+            self.server.wait(timeout=SERVER_SECONDS)
+        else:
+            _check_users_server()
+
+
+def begin(root: Path | None, offline: bool) -> Session:
+    """Settings, root and server, in this order. Raises UserError for a root that cannot be used."""
+    path = prepare(root, offline=offline)
+    check_root(path)
+    return Session(path, start_server(path))
+
+
+def _check_users_server() -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if (fault := client.api_healthcheck()) is not None:
+            raise UserError(
+                f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({fault}); "
+                "start the server, or unset it"
+            )
+
+
+def runtime_of(
+    device: str, data_dir: Path | None, threads: int | None, *, adapters: int | None = None, progress: bool = True
+) -> RuntimeConfig:
+    """The options that say where and how fast. Raises UserError for a device that is not there."""
+    return RuntimeConfig(
+        device=checked_device(device), data_dir=str(data_dir) if data_dir else None, num_threads=threads,
+        adapters_per_batch=adapters, progress=progress,
+    )  # fmt: skip
+
+
+def checked_device(device: str) -> str:
+    import torch
+
+    try:
+        kind = device if device == "auto" else torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"--device {device!r}: is no device; use auto, cpu, cuda or cuda:<index>") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device!r}: torch sees no CUDA device here; use cpu, or install a CUDA build of torch"
+        )
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device!r}: is not supported; use auto, cpu, cuda or cuda:<index>")
+    return device
+
+
+def embedded(name: str) -> bool:
+    """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
+    if not name.endswith(".json"):
+        return name.startswith("quickstart")
+    try:
+        value = json.loads(Path(name).read_text(encoding="utf-8"))
+        kinds = {task["data"]["kind"] for task in value["tasks"]}
+        return value.get("base_model", {}).get("name", "minilm-l6") == "minilm-l6" and kinds <= {"excerpt", "files"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # whatever is wrong is reported when the file is read in earnest
