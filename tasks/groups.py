@@ -100,9 +100,10 @@ def finished_tensors(resume: ResumeState, account: dict[str, Any]) -> dict[str, 
 
 def group_share(provenance: Mapping[str, Any], num_runs: int) -> dict[str, Any]:
     """What one of `num_runs` runs that trained together cost: an equal share of the pass, since it was last resumed."""
-    seconds = provenance["seconds"]
-    return {
-        "seconds": round(seconds / num_runs, 3), "group_seconds": seconds, "group_runs": num_runs,
+    whole = {name: provenance[name] for name in ("seconds", "processor_seconds", "gpu_seconds", "gpu_joules")}
+    share = {name: None if value is None else round(value / num_runs, 3) for name, value in whole.items()}
+    return share | {
+        "group_seconds": whole["seconds"], "group_runs": num_runs, "gpu_idle_watts": provenance["gpu_idle_watts"],
         "peak_gpu_bytes": provenance["peak_gpu_bytes"],
     }  # fmt: skip
 

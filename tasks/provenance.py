@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import cpdiff_core
+from cpdiff_core import energy
 
 PACKAGES = ("torch", "transformers", "peft", "diffusers", "prefect")
 
@@ -52,6 +53,13 @@ def device_name(device: str) -> str:
     return _processor()
 
 
+def gpu_uuid(device: str) -> str | None:
+    """What NVML calls the GPU behind RuntimeConfig.device; None if that is the processor."""
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return f"GPU-{torch.cuda.get_device_properties('cuda' if device == 'auto' else device).uuid}"
+    return None
+
+
 @functools.cache
 def _processor() -> str:
     try:
@@ -74,24 +82,37 @@ def is_intact(provenance: Any) -> bool:
 
 
 class Meter:
-    """Time and memory of one stage, from when it is made."""
+    """Time, memory and energy of one stage, from when it is made."""
 
     def __init__(self, device: str) -> None:
         self._device = device
+        self._idle_watts = energy.idle_watts()  # measured by the first of a process, before any stage has begun
+        self._counters = energy.counters()
+        self._joules = self._counters.joules() if self._counters is not None else {}
         self._start = time.monotonic()
+        self._processor = time.process_time()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
 
     def provenance(self) -> dict[str, Any]:
         """`peak_process_bytes` is the highest of the process so far, `peak_gpu_bytes` that of the stage (None without
-        a GPU), or of what ran beside it in other threads."""
+        a GPU), or of what ran beside it in other threads; so are `processor_seconds`. `gpu_seconds`: how long it had a
+        GPU. `gpu_joules`: of the whole board; None where no counter was read. `gpu_idle_watts`: None where unknown."""
+        seconds = round(time.monotonic() - self._start, 3)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        gpu = gpu_uuid(self._device)
+        now = self._counters.joules() if self._counters is not None and gpu is not None else {}
+        joules = round(now[gpu] - self._joules[gpu], 3) if gpu in now and gpu in self._joules else None
         return {
             "commit": commit(),
             "versions": versions(),
             "device": device_name(self._device),
             "torch_threads": torch.get_num_threads(),
-            "seconds": round(time.monotonic() - self._start, 3),
+            "seconds": seconds,
+            "processor_seconds": round(time.process_time() - self._processor, 3),
+            "gpu_seconds": seconds if gpu is not None else 0.0,
+            "gpu_joules": joules,
+            "gpu_idle_watts": self._idle_watts.get(gpu) if gpu is not None else None,
             "peak_process_bytes": peak,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
