@@ -86,9 +86,13 @@ def score_arms(scorer: TaskScorer) -> TaskArms:
     """Score the arms that the experiment asks for, and audit the candidates if it asks for that."""
     arms = tuple(_ARMS[name](scorer, name) for name in scorer.config.arms)
     audit = audit_task(scorer, scorer.config.audit) if scorer.config.audit else None
+    trained_on = [vectors for vectors in (scorer.annealed, scorer.tuned_soup) if vectors is not None]
     return TaskArms(
         task=scorer.task, num_checkpoints=scorer.config.num_checkpoints * len(scorer.runs), arms=arms, audit=audit,
-        used=(scorer.head, *scorer.runs, *scorer.generated.sources, *dict.fromkeys(scorer.used)),
+        used=(
+            scorer.head, *scorer.runs, *scorer.generated.sources, *(vectors.sources[0] for vectors in trained_on),
+            *dict.fromkeys(scorer.used),
+        ),
     )  # fmt: skip
 
 
