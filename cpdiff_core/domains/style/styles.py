@@ -10,7 +10,7 @@ conditions, `selection` chooses among checkpoints and candidates, `report` is wh
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from pydantic import Field
 
 from cpdiff_core.config import Config, LocalFile, UserError
 from cpdiff_core.domains.style.images import IMAGE_SUFFIXES, read_image
+from cpdiff_core.domains.style.synthetic import PAIRS, VARIANTS, EffectName, stylise
 
 SplitName = Literal["train", "selection", "report"]
 StyleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -74,7 +75,26 @@ class ExcerptImages(Config):
     name: Literal["photo", "art_painting", "cartoon", "sketch", "van_gogh_drawing"]
 
 
-ImageSource = Annotated[ParquetImages | FolderImages | MetadataImages | ExcerptImages, Field(discriminator="kind")]
+PhotoSource = Annotated[ParquetImages | FolderImages | ExcerptImages, Field(discriminator="kind")]
+
+
+class SyntheticImages(Config):
+    """Photographs under a chain of effects (`synthetic.py`)."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    photos: PhotoSource
+    effects: tuple[EffectName, ...] = Field(min_length=1, description="Applied in this order.")
+    seed: int = Field(0, ge=0, description="Of every effect's colours, angles and sizes.")
+    split_as: str = Field(
+        "photo",
+        description="Divided as the style of this name: no photograph is trained on in one style and reported in another.",
+    )
+    max_images: int = Field(300, ge=8, description="Most images of each split, evenly spaced (ours: many styles, less of each).")
+
+
+ImageSource = Annotated[
+    ParquetImages | FolderImages | MetadataImages | ExcerptImages | SyntheticImages, Field(discriminator="kind")
+]
 
 
 class Style(Config):
@@ -107,12 +127,14 @@ class ResolvedStyle(Config):
         return self.style.name
 
     def identity(self) -> Any:
-        source = {
-            key: value for key, value in self.style.source.model_dump().items()
-            if key not in ("path", "table", "folder", "where")
-        }  # fmt: skip
+        source = _without_paths(self.style.source.model_dump())
         named = [[self.classes[i] if self.classes else "", file.sha256] for i, file in enumerate(self.files)]
         return {"name": self.style.name, "content": self.style.content, "source": source, "files": sorted(named)}
+
+
+def _without_paths(source: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in source.items() if key not in ("path", "table", "folder", "where")}
+    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,9 @@ class StyleImages:
 def resolve_style(style: Style, data_dir: Path | None) -> ResolvedStyle:
     """Find and digest a style's images. Raises UserError that says what was looked for and where."""
     source, base = style.source, data_dir or Path()
+    if isinstance(source, SyntheticImages):
+        found = resolve_style(style.model_copy(update={"source": source.photos}), data_dir)
+        return found.model_copy(update={"style": style})
     if isinstance(source, ExcerptImages):
         return ResolvedStyle(style=style, files=(LocalFile.of(EXCERPT_FOLDER / f"{source.name}.parquet"),))
     if isinstance(source, ParquetImages):
@@ -186,8 +211,12 @@ def _from_table(style: Style, source: MetadataImages, base: Path, folder: Path) 
 
 @lru_cache(maxsize=32)
 def load_images(resolved: ResolvedStyle, size: int) -> StyleImages:
-    """All images of a style at `size` px, in an order that depends on their content alone."""
+    """All images of a style at `size` px, in an order that depends on their content alone; of a synthetic one, its
+    photographs."""
     style, source = resolved.style, resolved.style.source
+    if isinstance(source, SyntheticImages):  # under one name, so that all styles made of them share what is read
+        photos = Style(name=source.split_as, source=source.photos)
+        return load_images(resolved.model_copy(update={"style": photos}), size)
     if isinstance(source, FolderImages | MetadataImages):
         order = sorted(range(len(resolved.files)), key=lambda i: (resolved.files[i].sha256, resolved.classes[i]))
         images = [read_image(Path(resolved.files[i].path), size) for i in order]
@@ -256,8 +285,13 @@ def split_rows(images: StyleImages, splits: StyleSplits, name: str, split: Split
 
 def split_images(resolved: ResolvedStyle, splits: StyleSplits, split: SplitName, size: int) -> StyleImages:
     """The images of one split at `size` px."""
-    images = load_images(resolved, size)
-    return images.rows(split_rows(images, splits, resolved.name, split))
+    images, source = load_images(resolved, size), resolved.style.source
+    if not isinstance(source, SyntheticImages):
+        return images.rows(split_rows(images, splits, resolved.name, split))
+    rows = split_rows(images, splits, source.split_as, split)
+    rows = rows[np.arange(min(len(rows), source.max_images)) * len(rows) // min(len(rows), source.max_images)]
+    photos = images.rows(rows)
+    return replace(photos, images_NCHW=stylise(photos.images_NCHW, source.effects, source.seed))
 
 
 def _parquet(name: str, file: str) -> Style:
@@ -303,3 +337,18 @@ STYLES: dict[str, Style] = {
 def excerpt(name: Literal["photo", "art_painting", "cartoon", "sketch", "van_gogh_drawing"]) -> Style:
     """A style on the excerpt inside this package."""
     return Style(name=name, source=ExcerptImages(name=name))
+
+
+def synthetic_styles(photos: PhotoSource, **options: Any) -> tuple[Style, ...]:
+    """The rows of the table that are made from these photographs: single effects by seed, and pairs of effects."""
+    chains: list[tuple[tuple[EffectName, ...], int]] = [
+        ((effect,), seed) for effect, number in VARIANTS.items() for seed in range(1, number + 1)
+    ]
+    chains += [(pair, 100 + number) for number, pair in enumerate(PAIRS)]
+    return tuple(
+        Style(
+            name=".".join(effects) + (f"-{seed}" if len(effects) == 1 else ""),
+            source=SyntheticImages(photos=photos, effects=effects, seed=seed, **options),
+        )
+        for effects, seed in chains
+    )  # fmt: skip
