@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import Artifact, provenance_of, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, provenance_of, read_tensors, write_json
 from cpdiff_core.domains.style.base import StyleBase
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
@@ -48,6 +48,8 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     quality = base_quality(inputs, classifier, root)
     notes = style_notes(config, inputs, quality)
     summary = [styles_text(frame), "", style_headline(results), "", *(f"- {note}" for note in notes)]
+    if inputs.unseen is not None:
+        summary += ["", checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()]
     (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
     sheets = []
     for entry, style in zip(inputs.arms, inputs.styles, strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors
 from cpdiff_core.config import Config
@@ -65,6 +66,7 @@ class StyleReportInputs(Config):
     autoencoder: Artifact
     diffusion: Artifact
     arms: tuple[StyleArms, ...]
+    unseen: Artifact | None = Field(None, description="The comparison on styles left out of training, if there is one.")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ StyleResults = dict[str, dict[str, StyleCell]]
 def floor_cell(real: dict[str, torch.Tensor], num: int, classifier: StyleClassifier, style: str) -> StyleCell:
     """Real training images against the report's real images, as many as an arm has images if there are so many."""
     rows = np.random.default_rng(0).permutation(len(real["train"]))[:num]
-    return _cell(real["train"][torch.from_numpy(rows)][None], real["report"], classifier, style)
+    return style_cell(real["train"][torch.from_numpy(rows)][None], real["report"], classifier, style)
 
 
-def _cell(x_VND: torch.Tensor, real: torch.Tensor, classifier: StyleClassifier, style: str) -> StyleCell:
+def style_cell(x_VND: torch.Tensor, real: torch.Tensor, classifier: StyleClassifier, style: str) -> StyleCell:
+    """One arm: features of the images of its V vectors against those of the report's real images."""
     return StyleCell(
         distance=ResampledDistance.mean([resampled_distance(x_ND, real, style) for x_ND in x_VND]),
         kid=float(np.mean([kernel_distance(x_ND, real) for x_ND in x_VND])),
@@ -114,7 +117,7 @@ def collect_styles(arms: Sequence[StyleArms], classifier: StyleClassifier, root:
         cells = {}
         for arm, (artifact, chosen) in rows.items():
             x_VND = read_tensors(artifact.under(root), SAMPLE_FILE)["features_VND"]
-            cells[arm] = _cell(x_VND if chosen is None else x_VND[chosen], real["report"], classifier, entry.style)
+            cells[arm] = style_cell(x_VND if chosen is None else x_VND[chosen], real["report"], classifier, entry.style)
         cells[FLOOR] = floor_cell(real, cells[NO_LORA].num_images, classifier, entry.style)
         results[entry.style] = cells
     return results
@@ -170,7 +173,7 @@ def base_quality(inputs: StyleReportInputs, classifier: StyleClassifier, root: P
     real = read_tensors(inputs.photo_real.under(root), FEATURE_FILE)
     x_VND = read_tensors(inputs.photo_samples.under(root), SAMPLE_FILE)["features_VND"]
     style = inputs.photos.name
-    return _cell(x_VND, real["report"], classifier, style), floor_cell(real, x_VND.shape[1], classifier, style)
+    return style_cell(x_VND, real["report"], classifier, style), floor_cell(real, x_VND.shape[1], classifier, style)
 
 
 def load_classifier(artifact: Artifact, root: Path) -> StyleClassifier:
