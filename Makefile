@@ -17,10 +17,11 @@ KILLS ?= 100
 torture: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --kills $(KILLS)
 
+# One file for Python 3.11 and newer on every platform, with the hashes of the files on PyPI.
 lock: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet pip-tools
-	$(BIN)/pip-compile --quiet --strip-extras --extra dask --extra s3 --no-emit-index-url --no-emit-find-links \
-		--no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dask --extra s3 \
+		--no-header --output-file requirements.lock pyproject.toml
 
 # Known vulnerabilities of the locked packages, and, counted, those that could not be looked up.
 audit: $(VENV)/.installed
