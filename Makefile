@@ -26,8 +26,8 @@ lock: $(VENV)/.installed
 # Known vulnerabilities of the locked packages, and, counted, those that could not be looked up.
 audit: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet pip-audit
-	-$(BIN)/pip-audit --strict --no-deps --disable-pip -r requirements.lock
-	$(BIN)/pip-audit --no-deps --disable-pip -r requirements.lock -f json | $(BIN)/python -c 'import json, sys; \
+	-$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock -f json | $(BIN)/python -c 'import json, sys; \
 		found = json.load(sys.stdin)["dependencies"]; skipped = [item for item in found if "skip_reason" in item]; \
 		print(len(found) - len(skipped), "packages audited,", len(skipped), "not audited")'
 
