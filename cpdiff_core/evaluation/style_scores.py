@@ -17,10 +17,10 @@ from cpdiff_core.artifacts import Artifact, read_json, read_tensors, write_json,
 from cpdiff_core.config import Config, RuntimeConfig
 from cpdiff_core.domains.glue.stacks import Precision, device_of
 from cpdiff_core.domains.style.base import ImageCodec, StyleBase, spec_of
+from cpdiff_core.domains.style.denoising import ENCODED_FILE
 from cpdiff_core.domains.style.distances import frechet_distance, kernel_distance
 from cpdiff_core.domains.style.encoding import CLASS_FILE, FEATURE_FILE, prompt_captions
 from cpdiff_core.domains.style.features import FeatureConfig, image_features
-from cpdiff_core.domains.style.fine_tuning import ENCODED_FILE
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_images
 from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.evaluation.selection import SelectionScores

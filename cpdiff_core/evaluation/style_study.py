@@ -11,10 +11,10 @@ from cpdiff_core.artifacts import read_json, read_tensors, write_json, write_ten
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.domains.style.base import ImageCodec, spec_of
+from cpdiff_core.domains.style.denoising import ENCODED_FILE
 from cpdiff_core.domains.style.distances import frechet_distance
 from cpdiff_core.domains.style.encoding import CLASS_FILE, FEATURE_FILE, prompt_captions
 from cpdiff_core.domains.style.features import image_features
-from cpdiff_core.domains.style.fine_tuning import ENCODED_FILE
 from cpdiff_core.domains.style.sampling import sample_images
 from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.evaluation.geometry import embed

@@ -13,8 +13,8 @@ from cpdiff_core.artifacts import write_json, write_tensors
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.domains.style.base import Captions, ImageCodec, StyleBase, caption, encode_captions, spec_of
+from cpdiff_core.domains.style.denoising import ENCODED_FILE
 from cpdiff_core.domains.style.features import FeatureConfig, image_features
-from cpdiff_core.domains.style.fine_tuning import ENCODED_FILE
 from cpdiff_core.domains.style.pretraining import caption_rows
 from cpdiff_core.domains.style.sampling import draw_prompts
 from cpdiff_core.domains.style.styles import ResolvedStyle, SplitName, StyleSplits, split_images

@@ -11,22 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors
+from cpdiff_core.artifacts import Artifact, ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.domains.glue.fine_tuning import AdamW, CheckpointHarvest, batch_rows
 from cpdiff_core.domains.glue.stacks import Precision, device_of
-from cpdiff_core.domains.style.base import Captions, StyleBase, spec_of, to_model_range
-from cpdiff_core.domains.style.stack import StackedPixArt, build_stack, initial_adapter
-from cpdiff_core.generator.diffusion import build_scheduler
+from cpdiff_core.domains.style.base import StyleBase
+from cpdiff_core.domains.style.denoising import DenoisingLoss
+from cpdiff_core.domains.style.stack import initial_adapter
 from cpdiff_core.generator.training import generator_for
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.progress import track
 
-ENCODED_FILE = "encoded.safetensors"
 READ_EVERY = 25
 """Steps between two looks at the losses on a GPU: each waits for the device."""
 
@@ -93,27 +91,15 @@ class StyleFineTuning:
         if first.lora.lora_dropout:
             raise UserError(f"lora.lora_dropout {first.lora.lora_dropout:g}: styles train without; set it to 0")
         self.device = device_of(runtime)
-        dtype = torch.bfloat16 if first.fine_tune.precision == "bf16" else torch.float32
-        spec = spec_of(first.base, root)
-        self.process = build_scheduler(spec.process, "ddpm")
-        self.process.alphas_cumprod = self.process.alphas_cumprod.to(self.device)
-        self.stack: StackedPixArt = build_stack(first.base, root, first.lora, self.device, dtype)
-        data = [read_tensors(member.encoded.under(root), ENCODED_FILE) for member in members]
-        for member, tensors in zip(members, data, strict=True):
-            if len(tensors["images"]) < self.fine_tune.batch_size:
+        self.data = DenoisingLoss(
+            first.base, root, first.lora, [member.encoded for member in members], self.device, first.fine_tune.precision
+        )
+        for member, count in zip(members, self.data.counts, strict=True):
+            if count < self.fine_tune.batch_size:
                 raise UserError(
-                    f"style {member.style!r}: {len(tensors['images'])} training images are fewer than "
-                    f"fine_tune.batch_size {self.fine_tune.batch_size}; give more images or lower it"
+                    f"style {member.style!r}: {count} training images are fewer than fine_tune.batch_size "
+                    f"{self.fine_tune.batch_size}; give more images or lower it"
                 )
-        self.counts = [len(tensors["images"]) for tensors in data]
-        self.images = torch.cat([tensors["images"] for tensors in data]).to(self.device)
-        self.first_row = np.cumsum([0, *self.counts[:-1]])
-        sizes = [len(tensors["mask_PT"]) for tensors in data]
-        starts = np.cumsum([0, *sizes[:-1]])
-        self.captions = Captions(
-            torch.cat([tensors["states_PTE"] for tensors in data]), torch.cat([tensors["mask_PT"] for tensors in data])
-        ).to(self.device, dtype)
-        self.caption_of = torch.cat([t["caption_N"] + int(s) for t, s in zip(data, starts, strict=True)]).to(self.device)
         w_K = initial_adapter(first.base, root, first.lora, first.fine_tune.seed)[0]
         self.w_SK = w_K.repeat(len(members), 1).to(self.device)
         self.adamw = AdamW(torch.zeros_like(self.w_SK), torch.zeros_like(self.w_SK))
@@ -154,15 +140,15 @@ class StyleFineTuning:
         is the learning rate and the others are AdamW's 1 - beta^t."""
         size = self.fine_tune.batch_size
         rows, flips, times, noises = [], [], [], []
-        for member, count, first in zip(self.members, self.counts, self.first_row, strict=True):
+        for member, count, first in zip(self.members, self.data.counts, self.data.first_row, strict=True):
             rows.append(torch.from_numpy(batch_rows(run_seed(member), step, size, count) + first))
             generator = generator_for(self.device, "style", *run_seed(member), step)
             uniform_2B = torch.rand(2, size, generator=generator, device=self.device)
             stratum_B = torch.arange(size, device=self.device)
-            steps = len(self.process.alphas_cumprod)
+            steps = self.data.num_train_timesteps
             times.append(((stratum_B + uniform_2B[0]) / size * steps).long().clamp_max(steps - 1))
             flips.append((uniform_2B[1] < 0.5) & self.fine_tune.flip)
-            noises.append(torch.randn(size, *self.images.shape[1:], generator=generator, device=self.device))
+            noises.append(torch.randn(size, *self.data.images.shape[1:], generator=generator, device=self.device))
         rate = self.fine_tune.learning_rate * min(1.0, (step + 1) / max(1, self.fine_tune.warmup_steps))
         numbers = [rate, *(1.0 - beta ** (step + 1) for beta in (self.adamw.beta1, self.adamw.beta2))]
         return (
@@ -170,26 +156,12 @@ class StyleFineTuning:
             torch.tensor(numbers, device=self.device),
         )  # fmt: skip
 
-    def losses(
-        self, w_SK: torch.Tensor, rows: torch.Tensor, flips: torch.Tensor, times: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """The mean diffusion loss of each adapter on its own images, S."""
-        images = self.images[rows]
-        x_VCHW = to_model_range(images) if images.dtype == torch.uint8 else images
-        x_VCHW = torch.where(flips.view(-1, 1, 1, 1), x_VCHW.flip(3), x_VCHW)
-        target = noise
-        if self.process.config.prediction_type == "v_prediction":
-            target = self.process.get_velocity(x_VCHW, noise, times)
-        noisy = self.process.add_noise(x_VCHW, noise, times)
-        prediction = self.stack(w_SK, noisy, times, self.captions.rows(self.caption_of[rows]))
-        return (prediction - target).square().unflatten(0, (len(w_SK), -1)).mean((1, 2, 3, 4))
-
     def train_step(
         self, rows: torch.Tensor, flips: torch.Tensor, times: torch.Tensor, noise: torch.Tensor, numbers: torch.Tensor
     ) -> torch.Tensor:
         """One optimiser step of every run, on the device alone. Returns the losses, S."""
         w_SK = self.w_SK.detach().requires_grad_()
-        loss_S = self.losses(w_SK, rows, flips, times, noise)
+        loss_S = self.data.losses(w_SK, rows, flips, times, noise)
         (grad_SK,) = torch.autograd.grad(loss_S.sum(), w_SK)
         norm_S1 = torch.linalg.vector_norm(grad_SK, dim=1, keepdim=True)
         grad_SK = grad_SK * (self.fine_tune.max_grad_norm / (norm_S1 + 1e-6)).clamp(max=1.0)

@@ -13,8 +13,8 @@ from style_bases import saved_tiny_base
 from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_tensors
 from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.domains.style.base import TARGET_MODULES, Captions, StyleBase, load_transformer, spec_of
+from cpdiff_core.domains.style.denoising import ENCODED_FILE
 from cpdiff_core.domains.style.fine_tuning import (
-    ENCODED_FILE,
     StyleFineTuneConfig,
     StyleFineTuning,
     StyleHarvestConfig,
@@ -93,7 +93,7 @@ def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase) -> None:
 def test_stacked_training_equals_peft_and_torch_one_at_a_time(base: StyleBase, tmp_path: Path) -> None:
     members = [member(base, tmp_path, name, seed) for seed, name in enumerate(("ink", "chalk"))]
     tuning = StyleFineTuning(members, tmp_path, QUIET)
-    start_K, process = tuning.w_SK[0].clone(), tuning.process
+    start_K, process = tuning.w_SK[0].clone(), tuning.data.process
     inputs = [tuning.inputs_of(step) for step in range(5)]
     harvests = tuning.run(QUIET)
     for s in range(2):
@@ -102,10 +102,10 @@ def test_stacked_training_equals_peft_and_torch_one_at_a_time(base: StyleBase, t
         optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0)
         for rows, flips, times, noise, numbers in inputs:
             mine = slice(4 * s, 4 * s + 4)
-            x = tuning.images[rows[mine]].float() / 127.5 - 1
+            x = tuning.data.images[rows[mine]].float() / 127.5 - 1
             x = torch.stack([image.flip(2) if flip else image for image, flip in zip(x, flips[mine], strict=True)])
             alpha = process.alphas_cumprod[times[mine]].view(-1, 1, 1, 1)
-            captions = tuning.captions.rows(tuning.caption_of[rows[mine]])
+            captions = tuning.data.captions.rows(tuning.data.caption_of[rows[mine]])
             prediction = model(
                 alpha.sqrt() * x + (1 - alpha).sqrt() * noise[mine], encoder_hidden_states=captions.states_PTE,
                 timestep=times[mine], encoder_attention_mask=captions.mask_PT,
