@@ -25,6 +25,8 @@ from tasks.stage import SCRATCH_PREFIX
 REPORT_STAGE = "report"
 SELECTION_STAGE = "score_selection"
 TIMED = ("report.html", "facts.json")
+NO_STAGES = frozenset({"adapters", "benchmarks", "generators", "reruns", "tensorboard"})
+"""Folders below the root whose names and contents users choose. They hold no artifacts, so nothing here removes them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def survey(root: Path) -> dict[str, Stored]:
     """Every artifact folder below `root` by its key, complete or not."""
     found = {}
     for folder in sorted(root.glob("[a-z]*/[0-9a-f]*")):
-        if folder.is_dir() and not folder.is_symlink():
+        if folder.is_dir() and not folder.is_symlink() and folder.parent.name not in NO_STAGES:
             stored = _read(folder)
             found[stored.key] = stored
     return found

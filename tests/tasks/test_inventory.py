@@ -114,6 +114,14 @@ def cpdiff(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_what_users_have_named_is_no_artifact_and_stays(two_experiments: Path) -> None:
+    """Names of letters a to f and digits look like fingerprints; `cpdiff cache gc` removes what `survey` finds."""
+    before = survey(two_experiments).keys()
+    for name in ("adapters/beef", "generators/decade", "reruns/a1", "tensorboard/fade"):
+        (two_experiments / name).mkdir(parents=True)
+    assert survey(two_experiments).keys() == before
+
+
 def test_cache_commands_as_a_user_calls_them(two_experiments: Path) -> None:
     lines = cpdiff(two_experiments, "ls").stdout.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [["a", "1", "5"], ["b", "1", "5"], ["(no", "report)", "0"]]
