@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.states import Cancelling
 from toy_stages import load, logged, march, march_in_flow, run_march
 
-from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.config import RuntimeConfig, UserError
 from tasks import observe
 from tasks.observe import live_losses
 from tasks.stage import is_done, resume_state
@@ -62,3 +62,30 @@ def test_progress_is_an_artifact_in_the_ui(artifact_root: Path, monkeypatch: pyt
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
     assert [item.type for item in found] == ["progress"]
     assert float(found[0].data) == 100.0
+
+
+def test_tensorboard_reads_the_losses_of_the_csv_file(artifact_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing import event_accumulator as events
+
+    monkeypatch.setenv(observe.TENSORBOARD_VARIABLE, "true")
+    march_in_flow(STEPS // 2, False)
+    artifact = march.artifact(STEPS // 2)
+    read = events.EventAccumulator(str(artifact_root / "tensorboard" / "march" / artifact.fingerprint)).Reload()
+    assert read.Tags()["scalars"] == ["loss/march"]
+    shown = [(event.step, event.value) for event in read.Scalars("loss/march")]
+    with live_losses(artifact).open() as file:
+        written = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    assert shown
+    assert shown == [(step, pytest.approx(loss)) for step, loss in written]
+
+
+def test_tensorboard_is_off_by_default_and_a_wrong_value_is_named(
+    artifact_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(observe.TENSORBOARD_VARIABLE, raising=False)
+    march_in_flow(STEPS // 3, False)
+    assert live_losses(march.artifact(STEPS // 3)).is_file()
+    assert not (artifact_root / "tensorboard").exists()
+    monkeypatch.setenv(observe.TENSORBOARD_VARIABLE, "maybe")
+    with pytest.raises(UserError, match=r"CPDIFF_TENSORBOARD 'maybe': must be true or false"):
+        march_in_flow(1, False)
