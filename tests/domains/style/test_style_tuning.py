@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from style_bases import saved_tiny_base
+from peft import get_peft_model_state_dict
+from style_bases import encoded_style, injected, saved_tiny_base
 
-from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_tensors
+from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import RuntimeConfig, UserError
-from cpdiff_core.domains.style.base import TARGET_MODULES, Captions, StyleBase, load_transformer, spec_of
-from cpdiff_core.domains.style.denoising import ENCODED_FILE
+from cpdiff_core.domains.style.base import Captions, StyleBase, spec_of
 from cpdiff_core.domains.style.fine_tuning import (
     StyleFineTuneConfig,
     StyleFineTuning,
     StyleHarvestConfig,
 )
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, draw_prompts, sample_images
-from cpdiff_core.domains.style.stack import build_stack, initial_adapter
+from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.lora.layout import LoraSpec
 
 CPU, QUIET = torch.device("cpu"), RuntimeConfig(device="cpu", progress=False)
@@ -34,38 +32,12 @@ def base(tmp_path: Path) -> StyleBase:
     return saved_tiny_base(folder)[0]
 
 
-def encoded(root: Path, name: str, num: int = 12, seed: int = 0) -> Artifact:
-    generator = torch.Generator().manual_seed(seed)
-    artifact = Artifact(stage="encode_style", fingerprint=name)
-    write_tensors(
-        artifact.under(root) / ENCODED_FILE,
-        {
-            "images": torch.randint(0, 256, (num, 3, 8, 8), generator=generator, dtype=torch.uint8),
-            "caption_N": torch.randint(2, (num,), generator=generator),
-            "states_PTE": torch.randn(3, 12, 384, generator=generator), "mask_PT": torch.ones(3, 12),
-        },
-    )  # fmt: skip
-    seal(artifact.under(root))
-    return artifact
-
-
 def member(base: StyleBase, root: Path, name: str, seed: int = 0, **changes: object) -> StyleHarvestConfig:
     values = {"num_steps": 5, "batch_size": 4, "warmup_steps": 2, "num_harvest": 3, "harvest_every": 2} | changes
     return StyleHarvestConfig(
-        base=base, style=name, encoded=encoded(root, name, seed=seed), lora=LORA,
+        base=base, style=name, encoded=encoded_style(root, name, seed=seed), lora=LORA,
         fine_tune=StyleFineTuneConfig(**values),  # type: ignore[arg-type]
     )  # fmt: skip
-
-
-def injected(base: StyleBase, w_K: torch.Tensor) -> torch.nn.Module:
-    """The base with PEFT's own adapter holding w_K, names without the prefix of a wrapped model."""
-    _, layout = initial_adapter(base, Path(), LORA, 0)
-    config = LoraConfig(r=LORA.rank, lora_alpha=LORA.lora_alpha, target_modules=list(TARGET_MODULES))
-    model = inject_adapter_in_model(config, copy.deepcopy(load_transformer(base, Path())))
-    state = {name.removeprefix("base_model.model."): value for name, value in layout.unflatten(w_K).items()}
-    set_peft_model_state_dict(model, state)
-    assert list(get_peft_model_state_dict(model)) == [name.removeprefix("base_model.model.") for name in layout.names]
-    return model
 
 
 def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase) -> None:
@@ -79,7 +51,7 @@ def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase) -> None:
     for s in range(3):
         rows = slice(2 * s, 2 * s + 2)
         with torch.no_grad():
-            expected = injected(base, w_SK[s])(
+            expected = injected(base, w_SK[s], LORA)(
                 x[rows], encoder_hidden_states=captions.states_PTE[rows], timestep=t[rows],
                 encoder_attention_mask=captions.mask_PT[rows],
                 added_cond_kwargs={"resolution": None, "aspect_ratio": None},
@@ -97,7 +69,7 @@ def test_stacked_training_equals_peft_and_torch_one_at_a_time(base: StyleBase, t
     inputs = [tuning.inputs_of(step) for step in range(5)]
     harvests = tuning.run(QUIET)
     for s in range(2):
-        model = injected(base, start_K)
+        model = injected(base, start_K, LORA)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0)
         for rows, flips, times, noise, numbers in inputs:
