@@ -22,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from cpdiff_core.config import Config, UserError
 from cpdiff_core.domains.glue.metrics import Floats, MetricName, metric, metric_label
@@ -81,6 +80,8 @@ class ResampledScore:
         """95 % interval of the mean over seeds (Student's t): what another set of training runs would give."""
         if self.seed_std is None:
             return None
+        from scipy import stats  # a second to import, and needed for several seeds only
+
         number = len(self.per_seed)
         half = float(stats.t.ppf(0.975, number - 1)) * self.seed_std / math.sqrt(number)
         return Interval(estimate=self.estimate, low=self.estimate - half, high=self.estimate + half)

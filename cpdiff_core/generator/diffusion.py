@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from pydantic import Field, TypeAdapter
@@ -215,6 +214,8 @@ def fit_diffusion(
 
 def build_scheduler(config: DiffusionConfig, name: str) -> Any:
     """The diffusers scheduler `name` for the noise process of `config`. Raises UserError for an unknown name."""
+    import diffusers  # takes a second, which a run whose every stage is cached is spared
+
     scheduler = getattr(diffusers, _SHORT_NAMES.get(name, name), None)
     if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise UserError(

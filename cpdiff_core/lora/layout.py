@@ -10,14 +10,16 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from pydantic import Field
 from torch import nn
 
 from cpdiff_core.config import Config
+
+if TYPE_CHECKING:  # importing PEFT takes seconds, and a run whose every stage is cached needs none of it
+    from peft import LoraConfig
 
 
 class LoraSpec(Config):
@@ -38,6 +40,8 @@ class LoraSpec(Config):
 
     def peft_config(self, target_modules: Sequence[str]) -> LoraConfig:
         """PEFT's own config. task_type stays unset: SEQ_CLS would add the head to `modules_to_save`."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -108,6 +112,8 @@ class ParameterLayout(Config):
 
 def layout_of(peft_model: nn.Module, block_pattern: str) -> ParameterLayout:
     """The layout of a model that PEFT has adapted. The model may be on the meta device."""
+    from peft import get_peft_model_state_dict
+
     state = {name: t for name, t in get_peft_model_state_dict(peft_model).items() if "lora_" in name}
     starts, position = {}, 0
     for name, tensor in state.items():
@@ -132,6 +138,8 @@ def layout_of(peft_model: nn.Module, block_pattern: str) -> ParameterLayout:
 
 def adapt(model: nn.Module, lora: LoraSpec, target_modules: Sequence[str], seed: int) -> nn.Module:
     """A PEFT model on a copy of `model`, its LoRA weights drawn by PEFT itself from `seed`."""
+    from peft import get_peft_model
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' own, raised by PEFT
         torch.manual_seed(seed)
@@ -143,6 +151,8 @@ def initial_vector(
     model: nn.Module, lora: LoraSpec, target_modules: Sequence[str], block_pattern: str, seed: int
 ) -> tuple[torch.Tensor, ParameterLayout]:
     """(w_K as PEFT initialises it from `seed`, the layout) for `model` on the CPU."""
+    from peft import get_peft_model_state_dict
+
     adapted = adapt(model, lora, target_modules, seed)
     layout = layout_of(adapted, block_pattern)
     return layout.flatten(get_peft_model_state_dict(adapted)), layout

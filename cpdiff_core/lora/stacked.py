@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 from cpdiff_core.lora.layout import ParameterLayout
 from cpdiff_core.lora.packing import TokenBatch
@@ -245,6 +243,8 @@ class FusedSelfAttention(_Adapted):
 
 
 def _stacked_lora(base: nn.Module, name: str, salt: int, routing: _Routing) -> StackedLora:
+    from transformers.pytorch_utils import Conv1D
+
     weight = base.weight.detach()  # type: ignore[union-attr, operator]
     if isinstance(base, Conv1D):
         weight = weight.t().contiguous()  # type: ignore[operator]
@@ -354,6 +354,8 @@ class StackedClassifier(nn.Module):
 
 def _activation(name: str, config: Any) -> nn.Module:
     """An activation by transformers' name, or by the name of the config field that names it; identity if empty."""
+    from transformers.activations import ACT2FN
+
     if not name:
         return nn.Identity()
     activation: nn.Module = ACT2FN[getattr(config, name, name)]
