@@ -43,7 +43,8 @@ def _chosen(value: ExperimentName | ExperimentConfig) -> ExperimentConfig | Styl
 
 
 def _flow_of(config: ExperimentConfig | StyleExperimentConfig) -> Any:
-    return with_engine(run_experiment) if isinstance(config, ExperimentConfig) else run_style_experiment
+    chosen: Any = run_experiment if isinstance(config, ExperimentConfig) else run_style_experiment
+    return with_engine(chosen)
 
 
 def _name_of(value: Any) -> str:
@@ -96,7 +97,7 @@ def reproduce_table_form(
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads; leave empty for torch's choice.
     """
-    return reproduce_table.fn(table, base, num_seeds, confinement.runtime(device, num_threads))
+    return str(with_engine(reproduce_table)(table, base, num_seeds, confinement.runtime(device, num_threads)))
 
 
 @flow(name="rerun-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)

@@ -194,10 +194,8 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
     from tasks.engine import with_engine
 
     try:
-        if isinstance(experiment, StyleExperimentConfig):
-            return Path(run_style_experiment(experiment, runtime))
-        flow: Any = with_engine(run_experiment)
-        return Path(flow(experiment, runtime))
+        flow: Any = run_style_experiment if isinstance(experiment, StyleExperimentConfig) else run_experiment
+        return Path(with_engine(flow)(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error

@@ -5,6 +5,8 @@ Each step is a stage of `tasks/stages.py`, computed once per input; `flows/steps
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from prefect import flow
@@ -21,13 +23,13 @@ from flows.steps import (
     fit_heads,
     generate,
     harvest,
-    harvest_all,
     harvest_together,
     rows_of,
     runs_of,
     with_audit,
 )
 from tasks import stages
+from tasks.engine import each
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder
 
@@ -47,13 +49,21 @@ def run_experiment(experiment: ExperimentConfig = QUICKSTART, runtime: RuntimeCo
 
 def compute(experiment: ExperimentConfig, runtime: RuntimeConfig) -> ReportInputs:
     """Everything behind one report: every arm of every task, with every seed. For use inside a flow."""
-    resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
-    heads = fit_heads(resolved, runtime)
+    return compute_all((experiment,), runtime)[0]
+
+
+def compute_all(experiments: Sequence[ExperimentConfig], runtime: RuntimeConfig) -> tuple[ReportInputs, ...]:
+    """Everything behind several reports, what they share once. Passes of fine-tuning and then seeds go to the workers
+    of a Dask cluster, if the flow has one (`tasks/engine.py`). For use inside a flow."""
+    resolved = [resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None) for experiment in experiments]
     seeds = [
-        resolved.model_copy(update={"config": experiment.for_seed(number)}) for number in range(experiment.num_seeds)
+        (one.model_copy(update={"config": one.config.for_seed(number)}), heads, runtime)
+        for one, heads in [(one, fit_heads(one, runtime)) for one in resolved]
+        for number in range(one.config.num_seeds)
     ]
-    harvest_together([run for seed in seeds for run in runs_of(seed)], heads, runtime)  # all seeds in one pass
-    return ReportInputs(base=resolved.base, seeds=tuple(compute_seed(seed, heads, runtime) for seed in seeds))
+    harvest_together([(run, heads) for seed, heads, _ in seeds for run in runs_of(seed)], runtime)
+    done = iter(each("seed", compute_seed, seeds))
+    return tuple(ReportInputs(base=one.base, seeds=tuple(islice(done, one.config.num_seeds))) for one in resolved)
 
 
 def compute_seed(resolved: ResolvedExperiment, heads: dict[str, Artifact], runtime: RuntimeConfig) -> SeedInputs:
@@ -73,25 +83,3 @@ def compute_seed(resolved: ResolvedExperiment, heads: dict[str, Artifact], runti
     ]  # fmt: skip
     arms = tuple(score_arms(scorer) for scorer in scorers)                               # choose, then report
     return with_audit(SeedInputs(seed=config.seed, zoo=zoo, generator=generator, arms=arms), config, scorers, runtime)
-
-
-@flow(name="compute-experiment", persist_result=False)
-def compute_experiment(experiment: ExperimentConfig, runtime: RuntimeConfig = RuntimeConfig()) -> None:
-    """Compute everything behind a report and stop there: the report may pool it with other seeds.
-
-    Args:
-        experiment: What is computed.
-        runtime: Where and how fast.
-    """
-    compute(experiment, runtime)
-
-
-@flow(name="harvest-experiments", persist_result=False)
-def harvest_experiments(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig = RuntimeConfig()) -> None:
-    """Train all runs that several experiments need, in as few passes as possible.
-
-    Args:
-        experiments: Which experiments; runs that they share are trained once.
-        runtime: Where and how fast.
-    """
-    harvest_all(experiments, runtime)

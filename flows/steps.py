@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.fine_tuning import HarvestConfig
-from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment, resolve
+from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment
 from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
 from cpdiff_core.reports.inputs import SeedInputs
 from flows.arms import TaskScorer, train_on
@@ -41,7 +40,7 @@ def runs_of(resolved: ResolvedExperiment) -> list[HarvestConfig]:
 def harvest(resolved: ResolvedExperiment, heads: dict[str, Artifact], runtime: RuntimeConfig) -> Zoo:
     """The last checkpoints of every run of every task. Missing runs train together, each is cached alone."""
     config, runs = resolved.config, runs_of(resolved)
-    harvest_together(runs, heads, runtime)
+    harvest_together([(run, heads) for run in runs], runtime)
     done = [stages.harvest_checkpoints(run, heads[run.task.name], runtime=runtime) for run in runs]
     tasks = tuple(
         TaskHarvests(task=task.name, runs=tuple(done[q * config.num_runs : (q + 1) * config.num_runs]))
@@ -117,9 +116,11 @@ def rows_of(artifact: Artifact | None, first: int, num: int) -> VectorSet | None
     return VectorSet(kind="candidates", sources=(artifact,), rows=tuple(range(first, first + num)))
 
 
-def harvest_together(runs: Sequence[HarvestConfig], heads: dict[str, Artifact], runtime: RuntimeConfig) -> None:
-    """Train the missing runs in as few passes as possible; each is committed by its own stage later."""
-    stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
+def harvest_together(runs: Sequence[tuple[HarvestConfig, dict[str, Artifact]]], runtime: RuntimeConfig) -> None:
+    """Train the missing runs, each with the heads of its experiment, in as few passes as possible; each is committed by
+    its own stage later."""
+    needed = {run: heads[run.task.name] for run, heads in runs}  # what experiments share is trained once
+    stages.harvest_together(list(needed), list(needed.values()), runtime)
 
 
 def with_audit(
@@ -135,17 +136,3 @@ def with_audit(
         config.sampling, seed.generator, seed.zoo, config.audit.num_trajectories, config.seed, runtime=runtime
     )
     return seed.model_copy(update={"geometry": geometry, "trajectory": trajectory})
-
-
-def harvest_all(experiments: tuple[ExperimentConfig, ...], runtime: RuntimeConfig) -> None:
-    """Train all runs that the experiments need, in as few passes as possible."""
-    needed: dict[HarvestConfig, Artifact] = {}
-    for experiment in experiments:
-        resolved = resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
-        heads = fit_heads(resolved, runtime)
-        for number in range(experiment.num_seeds):
-            seed = resolved.model_copy(update={"config": experiment.for_seed(number)})
-            needed |= {run: heads[run.task.name] for run in runs_of(seed)}
-    stages.harvest_together(list(needed), list(needed.values()), runtime)
-    for run, head in needed.items():
-        stages.harvest_checkpoints(run, head, runtime=runtime)

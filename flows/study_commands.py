@@ -12,7 +12,6 @@ import typer
 from cpdiff_core.config import UserError
 from flows.options import DataDir, Device, Root, Threads
 from flows.startup import begin, runtime_of
-from tasks.environment import check_root, prepare
 
 
 def register(app: typer.Typer) -> None:
@@ -23,22 +22,24 @@ def register(app: typer.Typer) -> None:
 def results(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder that gets RESULTS.md and results/.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the device.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the devices; more than 1 needs 'cpdiff[dask]'.")] = 4,
     only: Annotated[str, typer.Option(help="Only experiments whose name contains this.")] = "",
 ) -> None:  # fmt: skip
     """docs/RESULTS.md: Tables 1, 3, 4a, 4b, 4c on MiniLM with three seeds, the audit and the claims."""
     started = time.monotonic()
-    path = prepare(root, offline=data_dir is not None)
-    check_root(path)  # no server: every worker has its own
-    print(f"root       {path}", file=sys.stderr)
+    session = begin(root, offline=data_dir is not None)
+    print(f"root       {session.root}", file=sys.stderr)
     runtime = runtime_of(device, data_dir, threads, progress=False)
     from cpdiff_core.experiments import RESULTS
-    from flows.results import run_all, write_results
+    from flows.results import compute_results, write_results
+    from tasks.engine import with_engine
 
     chosen = [item for item in RESULTS if only in item.name]
     if not chosen:
         raise UserError(f"--only {only!r}: is in no name; the names are {', '.join(item.name for item in RESULTS)}")
-    reports = run_all(chosen, runtime, workers)
+    session.ready()
+    flow = with_engine(compute_results, default=f"local:{workers}" if workers > 1 else None)
+    reports = {name: Path(folder) for name, folder in flow(tuple(chosen), runtime).items()}
     write_results(chosen, reports, out, runtime, time.monotonic() - started)
     typer.echo(f"{out / 'RESULTS.md'}: {len(chosen)} experiments, {time.monotonic() - started:.0f} s")
 
@@ -60,9 +61,10 @@ def table(
             raise UserError(f"{option} {value!r}: is unknown; choose one of {', '.join(known)}")
     from cpdiff_core.artifacts import checked
     from flows.tables import reproduce_table
+    from tasks.engine import with_engine
 
     session.ready()
-    made = Path(reproduce_table(name, base, seeds, runtime))  # type: ignore[call-overload]  # checked above
+    made = Path(with_engine(reproduce_table)(name, base, seeds, runtime))
     typer.echo(checked(made.parent, made.name).read_text(encoding="utf-8"))
     typer.echo(f"table: {made}")
 

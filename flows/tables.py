@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 
+from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.experiments import TABLES, BaseName, ExperimentConfig, TableName
-from flows.pipeline import compute
-from flows.steps import harvest_all
+from cpdiff_core.reports.inputs import ReportInputs
+from flows.pipeline import compute_all
 from tasks import arm_stages, stages
+from tasks.engine import each
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder
 
@@ -33,8 +36,15 @@ def reproduce_table(
 
 def table_of(name: str, rows: tuple[ExperimentConfig, ...], runtime: RuntimeConfig) -> str:
     """Any experiments side by side. For use inside a flow."""
-    harvest_all(rows, runtime)
-    reports = tuple(stages.report(row, compute(row, runtime)) for row in rows)
-    made = folder(arm_stages.table(name, rows, reports))
+    made = folder(arm_stages.table(name, rows, reports_of(rows, runtime)))
     publish(name, made)
     return str(Path(made) / "table.md")
+
+
+def reports_of(experiments: Sequence[ExperimentConfig], runtime: RuntimeConfig) -> tuple[Artifact, ...]:
+    """The reports of several experiments. For use inside a flow."""
+    return tuple(each("report", report_of, list(zip(experiments, compute_all(experiments, runtime), strict=True))))
+
+
+def report_of(experiment: ExperimentConfig, inputs: ReportInputs) -> Artifact:
+    return stages.report(experiment, inputs)

@@ -1,28 +1,48 @@
-"""Many machines: the passes of a fan-out on the workers of a Dask cluster, if the flow has one.
+"""Many machines: independent calls of a flow on the workers of a Dask cluster, if it has one.
 
 CPDIFF_DASK names it: `tcp://scheduler:8786`, or `local:2` for two processes of this machine. Workers need the package,
-the same data and the same root (or CPDIFF_REMOTE), and the resource GPU: `dask worker tcp://... --resources GPU=1`,
-one per GPU with its CUDA_VISIBLE_DEVICES. Without the setting the same flow computes in its own process.
+the same data, the resource GPU (`dask worker tcp://... --resources GPU=1`, one per GPU with its CUDA_VISIBLE_DEVICES),
+and either the same root or CPDIFF_REMOTE and a root of their own (PREFECT_LOCAL_STORAGE_PATH). Without the setting the
+same flow computes in its own process: `each` is the one place where the two ways differ.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
 
-from prefect import Flow, task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
+import torch
+from prefect.context import FlowRunContext, hydrated_context, serialize_context
+from prefect.results import ResultStore
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.config import UserError
+from tasks import remote
+from tasks.environment import nested, own_root, root
+from tasks.observe import awaiting_signal, flow_runs, watching_too
+from tasks.report import add, call_ended, tally
 
 VARIABLE = "CPDIFF_DASK"
+RESOURCE = "GPU"
+PATIENCE_SECONDS = 60.0
+"""How long calls may wait while the cluster has no worker: one that was killed is started anew in seconds."""
+
+_POLL_SECONDS = 0.1
+_ASK_SECONDS = 5.0
+
+R = TypeVar("R")
 
 
-def with_engine(flow: Flow[..., Any]) -> Flow[..., Any]:
-    """`flow` on the cluster that CPDIFF_DASK names, or as it is."""
-    value = os.environ.get(VARIABLE)
+def with_engine(flow: Any, default: str | None = None) -> Any:
+    """The Prefect flow `flow` on the cluster that CPDIFF_DASK (or else `default`) names, or as it is."""
+    value = os.environ.get(VARIABLE) or default
     if not value:
         return flow
     try:
@@ -33,25 +53,157 @@ def with_engine(flow: Flow[..., Any]) -> Flow[..., Any]:
         if not (number := value.removeprefix("local:")).isdigit() or int(number) < 1:
             raise UserError(f"{VARIABLE} {value!r}: must be local:<number of processes> or a scheduler's address")
         # Loopback only: an engine's messages are pickles, for the user's own processes.
-        cluster = {"n_workers": int(number), "threads_per_worker": 1, "resources": {"GPU": 1}, "host": "127.0.0.1"}
-        return flow.with_options(task_runner=DaskTaskRunner(cluster_kwargs={**cluster, "dashboard_address": None}))  # type: ignore[arg-type]
-    return flow.with_options(task_runner=DaskTaskRunner(address=value))  # type: ignore[arg-type]
+        cluster = {"n_workers": int(number), "threads_per_worker": 1, "resources": {RESOURCE: 1}, "host": "127.0.0.1"}
+        return flow.with_options(task_runner=DaskTaskRunner(cluster_kwargs={**cluster, "dashboard_address": None}))
+    return flow.with_options(task_runner=DaskTaskRunner(address=value))
 
 
-def num_workers() -> int:
-    """Workers of the Dask cluster of the flow around; 0 if it has none."""
+def has_workers() -> bool:
+    """Whether `each` would send its calls elsewhere. False on a worker: its own calls run where it is, since the GPU
+    that they would wait for is the one that it holds itself."""
     context = FlowRunContext.get()
-    if context is None or type(context.task_runner).__name__ != "DaskTaskRunner":
-        return 0
-    return len(context.task_runner.client.scheduler_info(n_workers=-1)["workers"])  # type: ignore[attr-defined]
+    return context is not None and type(context.task_runner).__name__ == "DaskTaskRunner" and not context.detached
 
 
-def run_all(name: str, function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
-    """Call `function` with each of `calls` on the workers of the flow's Dask cluster, one at a time per GPU."""
-    import dask
+def each(name: str, function: Callable[..., R], calls: Sequence[tuple[Any, ...]]) -> list[R]:
+    """function(*call) for each of `calls`, in order: on the workers of the flow's cluster, one at a time per GPU, or
+    here, one after another. `function` must be of a module; what it returns should name artifacts, not hold tensors.
 
-    submitted = task(name=name, cache_policy=NO_CACHE, persist_result=False)(function)
-    with dask.annotate(resources={"GPU": 1}):
-        futures = [submitted.submit(*call) for call in calls]
-    for future in futures:
-        future.result()
+    A worker that dies is no fault: another takes its call, and goes on from the state that it left below the root.
+    Raises UserError if the cluster cannot be reached or has had no worker for a minute, and whatever `function` raises.
+    """
+    if not has_workers():
+        return [function(*call) for call in calls]
+    if not calls:
+        return []
+    client = _client()
+    # No Prefect task around the call: its transaction would keep the locks and records of all stages inside to its end.
+    context = serialize_context()
+    with _sender() as sender:
+        futures = [
+            client.submit(_on_worker, context, sender, function, call, pure=False, resources={RESOURCE: 1}) for call in calls
+        ]
+        try:
+            with awaiting_signal():
+                return _results(name, futures, client)
+        finally:
+            client.cancel(futures)  # those that have not begun, if one has failed
+
+
+def _client() -> Any:
+    """The flow's connection to its cluster, which has workers."""
+    context = FlowRunContext.get()
+    assert context is not None
+    runner: Any = context.task_runner
+    try:
+        client = runner.client
+        client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
+        num = _num_workers(client)
+    except (OSError, ValueError) as error:  # no scheduler answers, or the address is none
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{VARIABLE} {runner.address or 'local'!r}: {reason}; start the scheduler and its workers") from error
+    if num == 0:
+        raise UserError(
+            f"{VARIABLE} {runner.address!r}: no worker has the resource {RESOURCE}; start them with --resources {RESOURCE}=1"
+        )
+    return client
+
+
+def _num_workers(client: Any) -> int:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sum(worker.get("resources", {}).get(RESOURCE, 0) >= 1 for worker in workers)
+
+
+def _results(name: str, futures: Sequence[Any], client: Any) -> list[Any]:
+    """What the calls return, as soon as all have ended or one has failed."""
+    import distributed
+
+    results: dict[int, Any] = {}
+    asked = seen = time.monotonic()
+    while len(results) < len(futures):
+        time.sleep(_POLL_SECONDS)
+        try:
+            for i, future in enumerate(futures):
+                if i not in results and future.done():
+                    results[i], counts = future.result()
+                    add(counts)
+                    call_ended(name, len(results), len(futures))
+            if time.monotonic() - asked >= _ASK_SECONDS:
+                asked = time.monotonic()
+                seen = asked if _num_workers(client) else seen
+        except (distributed.KilledWorker, distributed.CancelledError, OSError) as error:
+            reason = "a call killed one worker after another" if isinstance(error, distributed.KilledWorker) else error
+            raise UserError(f"{VARIABLE}: {name}: {reason or 'the scheduler is gone'}; {_GO_ON}") from error
+        if asked - seen > PATIENCE_SECONDS:
+            raise UserError(f"{VARIABLE}: {name}: no worker has been there for {PATIENCE_SECONDS:.0f} s; {_GO_ON}")
+    return [results[i] for i in range(len(futures))]
+
+
+_GO_ON = "look at the logs of the workers and run again: finished stages are kept"
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """What a worker must know of the flow's process. own_root, nested: as in `tasks.environment`; token: a file that lies
+    in the flow's root while it waits; threads: of torch, which may change last bits on a CPU."""
+
+    root: Path
+    own_root: Path | None
+    nested: Path
+    token: str
+    remote: str | None
+    flow_runs: frozenset[UUID]
+    threads: int
+
+
+@contextmanager
+def _sender() -> Iterator[_Sender]:
+    (root() / ".locks").mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=root() / ".locks", prefix="flow-") as token:
+        yield _Sender(
+            root(), own_root(), nested(), Path(token.name).name, os.environ.get(remote.VARIABLE), frozenset(flow_runs()),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _on_worker(
+    context: dict[str, Any], sender: _Sender, function: Callable[..., R], call: tuple[Any, ...]
+) -> tuple[R, dict[str, int]]:
+    """The call, on a worker, as a part of the flow run; and how many stages ended in it."""
+    _take_gpu()
+    torch.set_num_threads(sender.threads)
+    before = tally()
+    with hydrated_context(context), _worker_root(sender), watching_too(sender.flow_runs):
+        result = function(*call)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # workers may share a GPU
+    return result, {name: count - before[name] for name, count in tally().items()}
+
+
+def _take_gpu() -> None:
+    """A worker of `local:<n>` takes the GPU of its number; others are started with their CUDA_VISIBLE_DEVICES."""
+    from distributed import get_worker
+
+    name = get_worker().name
+    if isinstance(name, int) and "CUDA_VISIBLE_DEVICES" not in os.environ and (num := torch.cuda.device_count()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(name % num)
+
+
+@contextmanager
+def _worker_root(sender: _Sender) -> Iterator[None]:
+    """The flow's root, or the worker's own (then nested as the flow's is), checked to be one where the two can meet."""
+    url = os.environ.get(remote.VARIABLE)
+    if url != sender.remote:
+        raise UserError(f"{remote.VARIABLE}: is {url!r} on a worker and {sender.remote!r} in the flow; set both alike")
+    own = own_root()
+    path = sender.root if own is None or own == sender.own_root else own / sender.nested
+    if url is None and not (path / ".locks" / sender.token).exists():
+        raise UserError(
+            f"root {str(path)!r}: a worker sees another folder there than the flow's {str(sender.root)!r}; share one folder "
+            f"among all, or set {remote.VARIABLE}"
+        )
+    context = FlowRunContext.get()
+    assert context is not None
+    # Prefect has brought the flow's settings and its place for records here.
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path}), context.model_copy(update={"result_store": ResultStore()}):
+        yield

@@ -88,6 +88,18 @@ def root() -> Path:
     return Path(PREFECT_LOCAL_STORAGE_PATH.value()).expanduser().resolve()
 
 
+def own_root() -> Path | None:
+    """The root that this process was told, which is that of every rerun's root; None if it was told none."""
+    value = chosen_settings().get(ROOT_VARIABLE)
+    return Path(value).expanduser().resolve() if value else None
+
+
+def nested() -> Path:
+    """Where the root of the moment lies below `own_root`; `.` if it is that one, or lies elsewhere."""
+    own, path = own_root(), root()
+    return path.relative_to(own) if own is not None and path.is_relative_to(own) else Path()
+
+
 def check_root(path: Path) -> None:
     """Make the root if need be and try it: a folder, a file and a lock. Raises UserError that names the remedy."""
     try:

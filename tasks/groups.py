@@ -1,8 +1,8 @@
 """Runs that train together in one pass and are each committed by their own cached stage.
 
 Each finished run is left as a resume state that its own stage commits, so grouping and resuming are one mechanism. A
-killed group goes on as the group it was, if the same runs are missing. Where there are several GPUs, or the workers of a
-Dask cluster, the runs of a group are divided among them.
+killed group goes on as the group it was, if the same runs are missing. Which runs share a pass follows from the list of
+runs alone; several GPUs, or the workers of a Dask cluster, only take passes, so that the results are the same bits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from cpdiff_core.artifacts import Artifact, ResumeState
 from cpdiff_core.config import RuntimeConfig, UserError, fingerprint
 from cpdiff_core.domains.glue.stacks import all_devices, forget_stacks
 from cpdiff_core.progress import stop_all
-from tasks.engine import num_workers, run_all
+from tasks.engine import each, has_workers
 from tasks.locks import hold
 from tasks.observe import awaiting_signal, watched
 from tasks.provenance import Meter
+from tasks.remote import artifacts_in
 from tasks.stage import bring, cache_key, is_done, resume_state, root
 
 GROUP = "harvest_group"
 FINISHED_GROUP = "finished_group"
+
+RUNS_PER_PASS = 16
+"""Runs of one pass if `adapters_per_batch` does not say otherwise. On an H100 a step took 4.02 ms with 6 runs and 15.1 ms
+with 30 (docs/BENCHMARKS.md); by the line through both, 16 lose 7 % against 30 and leave something to divide."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -54,19 +59,14 @@ class GroupedStage:
 def train_together(how: GroupedStage, members: Sequence[Member], runtime: RuntimeConfig) -> None:
     """Train every missing run in as few passes as possible, under the locks of all of its pass."""
     _hand_out_leftovers(runtime)
-    groups: dict[Hashable, list[Member]] = {}
-    for member in members:
-        if not _settled(member.artifact, runtime):
-            groups.setdefault(member.key, []).append(member)
-    workers = num_workers()
-    devices = all_devices(runtime)
-    passes: list[list[Member]] = []
-    for group in groups.values():
-        size = min(runtime.adapters_per_batch or len(group), max(2, -(-len(group) // (workers or len(devices)))))
-        passes += [group[first : first + size] for first in range(0, len(group), size)]
-    if workers:
-        run_all(GROUP, _train_and_commit, [(how, members, runtime) for members in passes])
+    passes = []
+    for group in passes_of(members, runtime.adapters_per_batch or RUNS_PER_PASS):
+        if missing := [member for member in group if not _settled(member.artifact, runtime)]:
+            passes.append(missing)
+    if has_workers():
+        each(GROUP, _train_and_commit, [(how, group, runtime) for group in passes])
         return
+    devices = all_devices(runtime)
     if len(devices) == 1:
         _train_passes(how, passes, runtime)  # in this thread, where signals arrive
         return
@@ -87,6 +87,18 @@ def train_together(how: GroupedStage, members: Sequence[Member], runtime: Runtim
         finally:
             wait(shares)
             stop_all.clear()
+
+
+def passes_of(members: Sequence[Member], most: int) -> list[list[Member]]:
+    """The members in passes of at most `most`, about equally large; the same for the same members, whatever is there."""
+    groups: dict[Hashable, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.key, []).append(member)
+    passes = []
+    for group in groups.values():
+        size = -(-len(group) // -(-len(group) // most))
+        passes += [group[first : first + size] for first in range(0, len(group), size)]
+    return passes
 
 
 def finished_tensors(resume: ResumeState, account: dict[str, Any]) -> dict[str, torch.Tensor] | None:
@@ -115,6 +127,8 @@ def _train_passes(how: GroupedStage, passes: Sequence[Sequence[Member]], runtime
 
 def _train_and_commit(how: GroupedStage, members: Sequence[Member], runtime: RuntimeConfig) -> None:
     """A pass on a worker elsewhere, which may share nothing with us but the store: it commits its runs itself."""
+    for artifact in artifacts_in([member.work for member in members]):
+        bring(artifact)
     _train_fitting(how, members, runtime)
     for member in members:
         how.commit(member.work, runtime)

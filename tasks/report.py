@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -23,4 +24,17 @@ def stage_ended(count: str, word: str, label: str, remark: str = "") -> None:
     with _guard:
         _counts[count] += 1
         tqdm.write(f"{word:<10} {label:<48} {remark}".rstrip(), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def add(counts: Mapping[str, int]) -> None:
+    """Count the stages that ended on a worker elsewhere."""
+    with _guard:
+        _counts.update(counts)
+
+
+def call_ended(name: str, number: int, of: int) -> None:
+    """Print a line for a call that ended on a worker elsewhere."""
+    with _guard:
+        tqdm.write(f"{name} {number} of {of}", file=sys.stderr)
         sys.stderr.flush()

@@ -34,7 +34,7 @@ from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo
 from cpdiff_core.reports.inputs import Generator, ReportInputs
 from cpdiff_core.reports.page import write_report
 from tasks.groups import GroupedStage, Member, finished_tensors, train_together
-from tasks.stage import GIVEN, bring, folder, root, stage
+from tasks.stage import GIVEN, folder, root, stage
 
 HEAD_FILE = "head.safetensors"
 
@@ -69,8 +69,6 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
 def _train(
     works: Sequence[tuple[HarvestConfig, Artifact]], runtime: RuntimeConfig, resume: ResumeState
 ) -> list[dict[str, torch.Tensor]]:
-    for _, head in works:
-        bring(head)
     tuning = FineTuning([config for config, _ in works], [read_tensors(folder(head), HEAD_FILE) for _, head in works], runtime)
     return [harvest.tensors() for harvest in tuning.run(runtime, resume)]
 
