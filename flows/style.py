@@ -10,6 +10,7 @@ from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, spec_of
 from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
 from cpdiff_core.domains.style.styles import STYLES, ResolvedStyle
+from cpdiff_core.domains.style.through_base import Objective, ThroughBaseObjective
 from cpdiff_core.evaluation.selection import select
 from cpdiff_core.evaluation.style_scores import StyleReportArtifact, StyleScoringConfig, load_style_selection
 from cpdiff_core.lora.vectors import evenly_spaced
@@ -21,7 +22,8 @@ from cpdiff_core.style_experiments import (
     StyleExperimentConfig,
     resolve_styles,
 )
-from tasks import stages, style_stages
+from flows.unseen_styles import compare_left_out
+from tasks import stages, style_stages, unseen_stages
 from tasks.prefect_artifacts import publish
 from tasks.stage import folder, root
 
@@ -40,8 +42,8 @@ def run_style_experiment(experiment: StyleExperimentConfig = QUICKSTART_STYLE, r
     resolved = resolve_styles(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
     pipeline = StylePipeline(resolved, style_base(resolved, runtime), runtime)
     zoo = pipeline.harvest()
-    generator = pipeline.fit_generator(zoo)
-    arms = tuple(pipeline.score(style, zoo, generator) for style in resolved.styles)
+    generator = pipeline.fit_generator(zoo, resolved.styles, experiment.objective)
+    arms = tuple(pipeline.score(style, zoo, generator) for style in pipeline.scored)
     report = folder(style_stages.style_report(experiment, pipeline.report_inputs(zoo, generator, arms)))
     publish(experiment.name, report)
     return str(report / "report.html")
@@ -92,12 +94,14 @@ class StylePipeline:
     def __init__(self, resolved: ResolvedStyleExperiment, base: StyleBase, runtime: RuntimeConfig) -> None:
         self.resolved, self.config, self.base, self.runtime = resolved, resolved.config, base, runtime
         self.size = spec_of(base, root()).image_size
-        every = (*resolved.styles, resolved.photos)
-        splits = self.config.splits
+        self.scored = tuple(style for style in resolved.styles if style.name in self.config.scored_names)
+        every, splits = (*resolved.styles, resolved.photos), self.config.splits
         self.encoded = {s.name: style_stages.encode_style(base, s, splits, runtime=runtime) for s in every}
+        measured = {*self.config.scored_names, *self.config.left_out, resolved.photos.name}
         self.real = {
-            s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime) for s in every
-        }
+            s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime)
+            for s in every if s.name in measured
+        }  # fmt: skip
 
     def harvest(self) -> Zoo:  # Sec. 4.2
         """The last checkpoints of every style. Missing runs train together, each is cached alone."""
@@ -117,18 +121,29 @@ class StylePipeline:
         tasks = tuple(TaskHarvests(task=name, runs=tuple(artifacts)) for name, artifacts in done.items())
         return Zoo(tasks=tasks, num_checkpoints=config.num_checkpoints)
 
-    def fit_generator(self, zoo: Zoo) -> stages.Generator:  # Sec. 3.2-3.3, Eq. 6-8
-        """The text pipeline's own stages; only the conditions are made from images."""
+    def fit_generator(
+        self, zoo: Zoo, styles: tuple[ResolvedStyle, ...], objective: Objective
+    ) -> stages.Generator:  # Sec. 3.2-3.3, Eq. 6-8
+        """The text pipeline's own stages; only the conditions are made from images. styles: those of the zoo."""
         config, runtime = self.config, self.runtime
         normalizer = stages.fit_normalization(config.normalization, zoo)
         autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
         conditions = style_stages.encode_style_conditions(
-            config.condition, config.condition_features, self.resolved.styles, config.splits, self.size, config.seed,
-            runtime=runtime,
-        )  # fmt: skip
-        diffusion = stages.fit_diffusion(
-            config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
+            config.condition, config.condition_features, styles, config.splits, self.size, config.seed, runtime=runtime
         )
+        if isinstance(objective, ThroughBaseObjective):
+            images = unseen_stages.TrainingImages(
+                base=self.base, lora=config.lora, precision=config.fine_tune.precision,
+                styles=tuple(style.name for style in styles), encoded=tuple(self.encoded[style.name] for style in styles),
+            )  # fmt: skip
+            diffusion = autoencoder = unseen_stages.fit_through_base(
+                objective, config.diffusion, config.condition, images, normalizer, autoencoder, conditions, config.seed,
+                runtime=runtime,
+            )  # fmt: skip
+        else:
+            diffusion = stages.fit_diffusion(
+                config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
+            )
         return stages.Generator(normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion)
 
     def scoring(self, style: ResolvedStyle) -> StyleScoringConfig:
@@ -151,17 +166,16 @@ class StylePipeline:
         generated = VectorSet(kind="candidates", sources=(candidates,))
         soup = VectorSet(kind="soup", sources=runs, num_checkpoints=zoo.num_checkpoints)
 
-        def choose(vectors: VectorSet) -> int:
-            scores = style_stages.score_style_selection(scoring, vectors, runtime=self.runtime)
-            return select(load_style_selection(scores, root(), style.name, config.select_by))
+        chose = tuple(style_stages.score_style_selection(scoring, v, runtime=self.runtime) for v in (original, generated))
+        chosen = [select(load_style_selection(scores, root(), style.name, config.select_by)) for scores in chose]
 
         def report(vectors: VectorSet) -> StyleReportArtifact:
             return style_stages.score_style_report(scoring, vectors, runtime=self.runtime)
 
         return StyleArms(
-            style=style.name, real=self.real[style.name], candidates=candidates, chosen_original=choose(original),
-            chosen_candidate=choose(generated), no_lora=report(VectorSet(kind="zeros")), original=report(original),
-            soup=report(soup), generated=report(generated),
+            style=style.name, real=self.real[style.name], candidates=candidates, chosen_original=chosen[0],
+            chosen_candidate=chosen[1], no_lora=report(VectorSet(kind="zeros")), original=report(original),
+            soup=report(soup), generated=report(generated), selection=chose,
         )  # fmt: skip
 
     def report_inputs(self, zoo: Zoo, generator: stages.Generator, arms: tuple[StyleArms, ...]) -> StyleReportInputs:
@@ -170,7 +184,7 @@ class StylePipeline:
         names = tuple(self.real)
         classifier = style_stages.fit_style_classifier(names, tuple(self.real[name] for name in names))
         samples = style_stages.score_style_report(self.scoring(photos), VectorSet(kind="zeros"), runtime=self.runtime)
-        pair = [(self.scoring(style), arm.candidates) for style, arm in zip(self.resolved.styles, arms, strict=True)]
+        pair = [(self.scoring(style), arm.candidates) for style, arm in zip(self.scored, arms, strict=True)]
         (first, one), (second, other) = pair[0], pair[-1]
         interpolation = style_stages.interpolate_styles(
             first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
@@ -179,12 +193,12 @@ class StylePipeline:
             style.name: style_stages.style_trajectory(
                 style.name, zoo, generator, config.sampling, NUM_TRAJECTORIES, config.seed, runtime=self.runtime
             )
-            for style in self.resolved.styles
+            for style in self.scored
         }
         return StyleReportInputs(
-            base=self.base, image_size=self.size, photos=photos, styles=self.resolved.styles, splits=config.splits,
+            base=self.base, image_size=self.size, photos=photos, styles=self.scored, splits=config.splits,
             photo_real=self.real[photos.name], photo_samples=samples, classifier=classifier, interpolation=interpolation,
             trajectories=trajectories,
             harvests=tuple(run for entry in zoo.tasks for run in entry.runs), autoencoder=generator.autoencoder,
-            diffusion=generator.diffusion, arms=arms,
+            diffusion=generator.diffusion, arms=arms, unseen=compare_left_out(self, zoo, classifier),
         )  # fmt: skip

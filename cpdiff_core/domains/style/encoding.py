@@ -81,3 +81,13 @@ def style_conditions(
         generation.append(image_features(features, held[row : row + 1], device, label, runtime))
         rows.append(row)
     return torch.stack(training), torch.cat(generation), rows
+
+
+def held_out_condition(
+    features: FeatureConfig, style: ResolvedStyle, splits: StyleSplits, size: int, seed: int, runtime: RuntimeConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y_1E, image_1CHW) of one image of the selection split: all that a generator is shown of an unseen style."""
+    held = split_images(style, splits, "selection", size).images_NCHW
+    row = int(np.random.default_rng([seed, zlib.crc32(style.name.encode()), 0x6F6E65]).integers(len(held)))
+    image_1CHW = held[row : row + 1]
+    return image_features(features, image_1CHW, device_of(runtime), f"condition of {style.name}", runtime), image_1CHW

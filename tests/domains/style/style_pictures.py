@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,3 +20,11 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def write_pictures(folder: Path, num: int, seed: int) -> None:
+    """`num` pictures in two classes below `folder`."""
+    for number in range(num):
+        path = folder / ("dog", "house")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(1000 * seed + number).save(path)
