@@ -24,6 +24,7 @@ from prefect.results import ResultStore
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.config import UserError
+from cpdiff_core.progress import Cancelled
 from tasks import remote
 from tasks.environment import nested, own_root, root
 from tasks.observe import awaiting_signal, flow_runs, watching_too
@@ -125,8 +126,11 @@ def _results(name: str, futures: Sequence[Any], client: Any) -> list[Any]:
         try:
             for i, future in enumerate(futures):
                 if i not in results and future.done():
-                    results[i], counts = future.result()
-                    add(counts)
+                    done: _Done = future.result()
+                    if done.cancelled is not None:
+                        raise Cancelled(done.cancelled)
+                    results[i] = done.result
+                    add(done.stages)
                     call_ended(name, len(results), len(futures))
             if time.monotonic() - asked >= _ASK_SECONDS:
                 asked = time.monotonic()
@@ -166,18 +170,30 @@ def _sender() -> Iterator[_Sender]:
         )  # fmt: skip
 
 
-def _on_worker(
-    context: dict[str, Any], sender: _Sender, function: Callable[..., R], call: tuple[Any, ...]
-) -> tuple[R, dict[str, int]]:
-    """The call, on a worker, as a part of the flow run; and how many stages ended in it."""
+@dataclass(frozen=True)
+class _Done:
+    """How a call ended. stages: how many in it were computed, or cached; cancelled: the message of `Cancelled`, which as
+    it is would end the loops of Dask."""
+
+    result: Any
+    stages: dict[str, int]
+    cancelled: str | None = None
+
+
+def _on_worker(context: dict[str, Any], sender: _Sender, function: Callable[..., Any], call: tuple[Any, ...]) -> _Done:
+    """The call, on a worker, as a part of the flow run."""
     _take_gpu()
     torch.set_num_threads(sender.threads)
     before = tally()
+    result, cancelled = None, None
     with hydrated_context(context), _worker_root(sender), watching_too(sender.flow_runs):
-        result = function(*call)
+        try:
+            result = function(*call)
+        except Cancelled as stop:
+            cancelled = str(stop)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # workers may share a GPU
-    return result, {name: count - before[name] for name, count in tally().items()}
+    return _Done(result, {name: count - before[name] for name, count in tally().items()}, cancelled)
 
 
 def _take_gpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -42,3 +43,14 @@ def start(artifact_root: Path, prefect_server: str, _forkserver: Any) -> Iterato
         if process.is_alive():
             process.kill()
         process.join()
+
+
+@pytest.fixture
+def scheduler(start: Start) -> str:
+    """The address of a Dask scheduler without workers."""
+    from toy_stages import run_scheduler
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start(run_scheduler, port)
+    return f"tcp://127.0.0.1:{port}"

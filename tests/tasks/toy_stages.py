@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import dask
+import distributed
+import prefect_dask  # noqa: F401 - child processes are forked from one that has imported it
 import torch
 from prefect import flow
 from prefect.runtime import flow_run
@@ -21,7 +26,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from cpdiff_core.artifacts import Artifact, ResumeState, read_tensors, verify, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.progress import track
-from tasks.engine import num_workers, run_all, with_engine
+from tasks.engine import each, with_engine
 from tasks.locks import hold
 from tasks.stage import GIVEN, folder, is_done, root, stage
 
@@ -196,36 +201,86 @@ def run_march(num_steps: int, submitted: bool) -> None:
     march_in_flow(num_steps, submitted)
 
 
-def add_up(values: list[int]) -> None:
-    for value in values:
-        number(Number(value=value))
+def add_up(values: list[int]) -> list[int]:
+    """The processes that computed the values; each value as a call of its own, which a worker makes itself."""
+    return each("number", number_of, [(value,) for value in values])
+
+
+def number_of(value: int) -> int:
+    number(Number(value=value))
+    return os.getpid()
+
+
+def march_to(num_steps: int) -> int:
+    march(num_steps, runtime=RuntimeConfig(resume_seconds=0.1, progress=False))
+    return os.getpid()
 
 
 @flow(persist_result=False)
-def spread(calls: list[list[int]]) -> int:
-    """Each call on a worker, if there are any, else here. Returns the number of workers."""
-    workers = num_workers()
-    if workers:
-        run_all("add_up", add_up, [(values,) for values in calls])
-    else:
-        for values in calls:
-            add_up(values)
-    return workers
+def spread(calls: list[list[int]]) -> list[list[int]]:
+    """The processes that computed each call."""
+    return each("add_up", add_up, [(values,) for values in calls])
 
 
-def _use_dask() -> None:
-    os.environ["CPDIFF_DASK"] = "local:2"
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the workers start anew
+@flow(persist_result=False)
+def march_apart(num_steps: int) -> int:
+    log(f"flow run {flow_run.id}")
+    return each("march", march_to, [(num_steps,)])[0]
 
 
-def run_spread_on_dask(calls: list[list[int]]) -> None:
-    _use_dask()
-    log(f"{with_engine(spread)(calls)} workers")
+def double_of(artifact: Artifact) -> Artifact:
+    return double(artifact)
 
 
-def run_march_on_dask(num_steps: int) -> None:
-    _use_dask()
-    with_engine(march_in_flow)(num_steps, True)
+@flow(persist_result=False)
+def double_apart(value: int) -> float:
+    """A worker doubles a number that was computed here; and here its result is a hit."""
+    x = number(Number(value=value))
+    assert each("double", double_of, [(x,)]) == [double.artifact(x)]
+    return load(double(x))
+
+
+@flow(persist_result=False)
+def fail_apart(message: str) -> None:
+    each("fail", fail, [(message,)])
+
+
+def fail(message: str) -> None:
+    raise UserError(message)
+
+
+def run_on(address: str, name: str, *arguments: Any) -> None:
+    """Run a flow of this module on a cluster, and log what it returns or the user's error."""
+    os.environ["CPDIFF_DASK"] = address
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # workers of local:<n> start anew
+    try:
+        log(f"returned {json.dumps(with_engine(globals()[name])(*arguments))}")
+    except UserError as error:
+        log(f"error: {error}")
+
+
+def run_on_nobody(address: str) -> None:
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        run_on(address, "spread", [[1]])
+
+
+def run_scheduler(port: int) -> None:
+    async def serve() -> None:
+        async with distributed.Scheduler(host="127.0.0.1", port=port, dashboard=False) as scheduler:
+            await scheduler.finished()
+
+    asyncio.run(serve())
+
+
+def run_worker(address: str, environment: dict[str, str]) -> None:
+    """A worker as `dask worker ADDRESS --nthreads 1 --resources GPU=1 --no-nanny` is one."""
+    os.environ.update(environment)
+
+    async def serve() -> None:
+        async with distributed.Worker(address, host="127.0.0.1", nthreads=1, resources={"GPU": 1}) as worker:
+            await worker.finished()
+
+    asyncio.run(serve())
 
 
 def run_slow(seconds: float) -> None:
