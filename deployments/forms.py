@@ -14,13 +14,14 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
+from cpdiff_core.benchmarks import ALL_PARTS, Part
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest
 from cpdiff_core.experiments import EXPERIMENTS, BaseName, ExperimentConfig, TableName, experiment
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 from deployments import confinement
 from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
-from flows.benchmark import ALL_PARTS, Part, run_benchmarks
+from flows.benchmark import run_benchmarks
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment

@@ -161,7 +161,8 @@ def benchmark(
     """Measure speed on this machine, each figure beside its reference in the same run."""
     session = begin(root, offline=base_model == "minilm-l6")
     runtime = runtime_of(device, data_dir, threads)
-    from flows.benchmark import ALL_PARTS, run_benchmarks, table
+    from cpdiff_core.benchmarks import ALL_PARTS
+    from flows.benchmark import run_benchmarks, table
 
     if unknown := set(part or ()) - set(ALL_PARTS):
         raise UserError(f"--part {sorted(unknown)[0]!r}: is unknown; choose among {', '.join(ALL_PARTS)}")
