@@ -12,10 +12,11 @@ candidates differ from the full generator's by rounding; those of a full folder 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -83,19 +84,13 @@ class Generator:
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Generator:
         """Read a generator folder, or `builtin/<name>`. Raises UserError that names what is missing or unfit."""
-        path = _located(folder)
+        path, value = read_card(folder)
         where = f"generator {str(folder)!r}"
-        _verify(path, where)
-        try:
-            card = GeneratorCard.model_validate(read_json(path, CARD_FILE))
-            value = read_json(path, "normalizer.json")
-            scaled = NormalizationConfig.model_validate(value["config"])
-            normalizer = Normalizer.from_tensors(scaled, value["tasks"], read_tensors(path, "normalizer.safetensors"))
-            autoencoder = _autoencoder(path, card.compact, device, where)
-            diffusion = _diffusion(path, device, where)
-        except (ValidationError, KeyError) as error:
-            reason = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
-            raise UserError(f"{where}: was written by another version of cpdiff ({reason}); export it anew") from error
+        if value.get("kind") == "style":
+            raise UserError(f"{where}: makes adapters for styles, not for texts; give it --style-image")
+        with another_version(where):
+            card = GeneratorCard.model_validate(value)
+            normalizer, autoencoder, diffusion = load_parts(path, card.compact, device, where)
         heads: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in read_tensors(path, "heads.safetensors").items():
             task, _, name = key.partition("/")
@@ -106,14 +101,7 @@ class Generator:
     def save(self, folder: Path) -> None:
         """Write a folder that `load` reads. Nothing is sealed: the stage, or `seal_generator`, does that."""
         write_json(folder / CARD_FILE, self.card.model_dump(mode="json"))
-        normalizer = {"config": self.normalizer.config.model_dump(mode="json"), "tasks": list(self.normalizer.tasks)}
-        write_json(folder / "normalizer.json", normalizer)
-        write_tensors(folder / "normalizer.safetensors", self.normalizer.tensors())
-        self.autoencoder.save(folder)
-        self.diffusion.save(folder)
-        if self.card.compact:
-            write_tensors(folder / "autoencoder.safetensors", _halved(self.autoencoder, without=_ENCODER))
-            write_tensors(folder / "diffusion.safetensors", _halved(self.diffusion))
+        save_parts(folder, self.normalizer, self.autoencoder, self.diffusion, self.card.compact)
         write_tensors(folder / "conditions.safetensors", {"y_QE": self.y_QE})
         heads = {f"{task}/{name}": tensor for task, head in self.heads.items() for name, tensor in head.items()}
         write_tensors(folder / "heads.safetensors", heads)
@@ -197,6 +185,47 @@ def seal_generator(folder: Path) -> None:
 
 
 _ENCODER = ("into.", "encoder_blocks.")
+
+
+def read_card(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(the folder of a generator, or of `builtin/<name>`, and its card), after every file's digest has been compared."""
+    path = _located(folder)
+    _verify(path, f"generator {str(folder)!r}")
+    return path, read_json(path, CARD_FILE)
+
+
+@contextmanager
+def another_version(where: str) -> Iterator[None]:
+    """What a folder of an older or newer format raises, as one line."""
+    try:
+        yield
+    except (ValidationError, KeyError) as error:
+        reason = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{where}: was written by another version of cpdiff ({reason}); export it anew") from error
+
+
+def load_parts(
+    path: Path, compact: bool, device: str | torch.device, where: str
+) -> tuple[Normalizer, ParameterAutoencoder, LatentDiffusion]:
+    """The fitted parts of a generator folder, whatever it makes adapters for."""
+    value = read_json(path, "normalizer.json")
+    scaled = NormalizationConfig.model_validate(value["config"])
+    normalizer = Normalizer.from_tensors(scaled, value["tasks"], read_tensors(path, "normalizer.safetensors"))
+    return normalizer, _autoencoder(path, compact, device, where), _diffusion(path, device, where)
+
+
+def save_parts(
+    folder: Path, normalizer: Normalizer, autoencoder: ParameterAutoencoder, diffusion: LatentDiffusion, compact: bool
+) -> None:
+    """What `load_parts` reads; in half precision and without the encoder if `compact`."""
+    value = {"config": normalizer.config.model_dump(mode="json"), "tasks": list(normalizer.tasks)}
+    write_json(folder / "normalizer.json", value)
+    write_tensors(folder / "normalizer.safetensors", normalizer.tensors())
+    autoencoder.save(folder)
+    diffusion.save(folder)
+    if compact:
+        write_tensors(folder / "autoencoder.safetensors", _halved(autoencoder, without=_ENCODER))
+        write_tensors(folder / "diffusion.safetensors", _halved(diffusion))
 
 
 def _located(folder: str | Path) -> Path:

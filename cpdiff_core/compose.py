@@ -86,7 +86,9 @@ def compose(how: str, folders: Sequence[Path], weights: Sequence[float] | None, 
         for adapter, weight in zip(adapters, shown, strict=True)
     ]
     same_heads = all(_same_head(adapter, first) for adapter in adapters)
-    write_composed_card(out, how, first.base, lora, parents, bool(first.head), same_heads)
+    images = any("transformer_blocks." in name for name in first.tensors)  # of a PixArt
+    tag = "text-to-image" if images else "text-classification"
+    write_composed_card(out, how, first.base, lora, parents, bool(first.head), same_heads, tag)
 
 
 def _weights(adapters: Sequence[PeftAdapter], weights: Sequence[float]) -> list[float]:

@@ -21,9 +21,9 @@ from pydantic import Field
 from transformers.utils import logging
 
 from cpdiff_core.artifacts import write_json
-from cpdiff_core.bundle import Generator, seal_generator
+from cpdiff_core.bundle import Generator
 from cpdiff_core.cards import ArmScore, BaseReference, GeneratorCard, TaskCard
-from cpdiff_core.config import Config, UserError
+from cpdiff_core.config import Config
 from cpdiff_core.domains.base_models import TOKENIZER_FILES, BaseModel, build_classifier
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout
 from cpdiff_core.lora.peft_folder import write_adapter
@@ -86,12 +86,18 @@ class AdapterFacts(Config):
 
 def nearest_adapter(generator: Generator, w_MK: torch.Tensor) -> list[NearestAdapter]:
     """For every row of w_MK the nearest training adapter that the generator carries, by distance on dW."""
-    factors, scaling = generator.card.layout.factors, generator.card.lora.scaling
-    tasks = [task for task in generator.card.task_names if task in generator.references]
-    product_QM = torch.stack([min_l2_product(w_MK, generator.references[task], factors, scaling) for task in tasks])
-    raw_QM = torch.stack([min_l2(w_MK, generator.references[task]) for task in tasks])
-    norm_M = min_l2_product(w_MK, torch.zeros_like(w_MK[:1]), factors, scaling)
-    total = sum(len(w_RK) for w_RK in generator.references.values())
+    return nearest_of(w_MK, generator.references, generator.card.layout, generator.card.lora.scaling)
+
+
+def nearest_of(
+    w_MK: torch.Tensor, references: Mapping[str, torch.Tensor], layout: ParameterLayout, scaling: float
+) -> list[NearestAdapter]:
+    """For every row of w_MK the nearest of some adapters, task -> w_RK, by distance on dW."""
+    tasks = list(references)
+    product_QM = torch.stack([min_l2_product(w_MK, references[task], layout.factors, scaling) for task in tasks])
+    raw_QM = torch.stack([min_l2(w_MK, references[task]) for task in tasks])
+    norm_M = min_l2_product(w_MK, torch.zeros_like(w_MK[:1]), layout.factors, scaling)
+    total = sum(len(w_RK) for w_RK in references.values())
     return [
         NearestAdapter(
             task=tasks[q], distance_product=float(product_QM[q, m]), distance_factors=float(raw_QM[q, m]),
@@ -144,10 +150,10 @@ def adapter_card(facts: AdapterFacts, with_head: bool) -> str:
         for score in facts.scores[:1]  # the others are what it is compared with
     ]  # fmt: skip
     name = f"{facts.generator} {facts.task} {facts.index}"
-    more = {"model_name": name, "eval_results": results} if results else {}
-    metadata = _metadata(base, "peft", pipeline_tag="text-classification", **more)
-    return _render(
-        "adapter.md.j2", facts=facts, with_head=with_head, base=base, metadata=metadata,
+    more: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
+    head = metadata(base, "peft", pipeline_tag="text-classification", **more)
+    return render(
+        "adapter.md.j2", facts=facts, with_head=with_head, base=base, metadata=head,
         prompt=json.dumps(facts.prompt, ensure_ascii=False), licence=BASE_LICENCES.get(base, "see its own card"),
         num_labels=len(facts.labels or ("regression",)),
         revision=f', revision="{facts.base.revision}"' if facts.base.revision else "",
@@ -157,30 +163,18 @@ def adapter_card(facts: AdapterFacts, with_head: bool) -> str:
 def write_generator_card(folder: Path, card: GeneratorCard) -> None:
     """README.md of a generator folder."""
     base = card.base.hub_id or card.base.name
-    text = _render(
-        "generator.md.j2", card=card, base=base, metadata=_metadata(base, "cpdiff"),
+    text = render(
+        "generator.md.j2", card=card, base=base, metadata=metadata(base, "cpdiff"),
         licence=BASE_LICENCES.get(base, "see its own card"), terms={task.name: data_terms(task) for task in card.tasks},
     )  # fmt: skip
     (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def copy_generator(source: Path, target: Path, compact: bool = False) -> None:
-    """Write the generator in `source` to `target`, in half precision if `compact`. Raises UserError if it is there."""
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--out {str(target)!r}: is not empty; choose another folder or remove it")
-    target.mkdir(parents=True, exist_ok=True)
-    generator = Generator.load(source)
-    generator.card = generator.card.model_copy(update={"compact": compact or generator.card.compact})
-    generator.save(target)
-    write_generator_card(target, generator.card)
-    seal_generator(target)
 
 
 def write_zoo_card(
     folder: Path, name: str, base: BaseReference, lora: LoraSpec, tasks: Sequence[TaskCard], settings: Mapping[str, Any]
 ) -> None:
     """README.md of a zoo: a data card."""
-    text = _render(
+    text = render(
         "zoo.md.j2", name=name, base=base.hub_id or base.name, lora=lora, tasks=tasks, settings=settings,
         licence=BASE_LICENCES.get(base.hub_id or base.name, "see its own card"),
         terms={task.name: data_terms(task) for task in tasks},
@@ -190,12 +184,12 @@ def write_zoo_card(
 
 def write_composed_card(
     folder: Path, how: str, base: str, lora: LoraSpec, parents: Sequence[tuple[str, float, str]], with_head: bool,
-    same_heads: bool,
+    same_heads: bool, pipeline_tag: str = "text-classification",
 ) -> None:  # fmt: skip
     """README.md of an adapter composed of others. parents: (name, weight, sha256) of each."""
-    text = _render(
+    text = render(
         "composed.md.j2", how=how, base=base, lora=lora, parents=parents, with_head=with_head, same_heads=same_heads,
-        metadata=_metadata(base, "peft", pipeline_tag="text-classification"),
+        metadata=metadata(base, "peft", pipeline_tag=pipeline_tag),
     )  # fmt: skip
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -207,15 +201,17 @@ def data_terms(task: TaskCard) -> str:
     return GLUE_TERMS[known[0]] if known else f"{task.data}, under its own terms"
 
 
-def _metadata(base: str, library: str, **more: Any) -> str:
-    tags = ["lora", "peft", "parameter-generation", "cpdiff"]
+def metadata(base: str, library: str, tags: Sequence[str] = (), **more: Any) -> str:
+    """The hub's metadata of a card, YAML."""
     card = ModelCardData(
-        base_model=base, library_name=library, license="other", license_name="see-card", tags=tags, **more
-    )
+        base_model=base, library_name=library, license="other", license_name="see-card",
+        tags=["lora", "peft", "parameter-generation", "cpdiff", *tags], **more,
+    )  # fmt: skip
     return card.to_yaml().rstrip()
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A card from its template."""
     environment = Environment(
         loader=PackageLoader("cpdiff_core", "card_templates"), undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True, autoescape=False,

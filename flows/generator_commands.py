@@ -27,10 +27,13 @@ def generate(
     out: Out,
     task_info: Annotated[str | None, typer.Option(help="The task in words.")] = None,
     example: Annotated[list[str] | None, typer.Option(help="An example, 'text -> answer'; may be repeated.")] = None,
-    task: Annotated[str | None, typer.Option(help="A task that the generator knows, by name.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task or style that the generator knows, by name.")] = None,
+    style_image: Annotated[str | None, typer.Option(help="An image of a style, for a generator of styles.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Candidates.")] = 20,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; the generator's own if not given.")] = None,
-    select: Annotated[str | None, typer.Option(help="CSV, JSON lines or Parquet file to choose on.")] = None,
+    select: Annotated[
+        str | None, typer.Option(help="CSV, JSON lines or Parquet file, or folder of images of the style, to choose on.")
+    ] = None,
     few: Annotated[str | None, typer.Option(help="A few labelled examples of a task never seen.")] = None,
     labels: Annotated[str | None, typer.Option(help="Class names of a task never seen: a,b,c.")] = None,
     regression: Annotated[bool, typer.Option(help="The task never seen is a regression.")] = False,
@@ -41,19 +44,37 @@ def generate(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Adapters for a described task: PEFT folders with model cards, chosen and compared where there is data."""
+    """Adapters for a described task, or for a style from one image: PEFT folders with model cards, chosen and compared
+    where there is data."""
     runtime = runtime_of(device, data_dir, threads, progress=not quiet)
     folder = _folder_of(generator, runtime, root)
-    from cpdiff_core.bundle import Generator
     from cpdiff_core.delivery import AdapterRequest, deliver
     from cpdiff_core.domains.glue.stacks import device_of
+    from cpdiff_core.generators import load_generator
+    from cpdiff_core.style_bundle import StyleGenerator
 
+    loaded = load_generator(folder, device_of(runtime))
+    if isinstance(loaded, StyleGenerator):
+        from cpdiff_core.style_delivery import StyleRequest, deliver_style
+
+        words = {"--task-info": task_info, "--example": example, "--few": few, "--labels": labels, "--regression": regression,
+                 "--text-columns": text_columns}  # fmt: skip
+        if given := [name for name, value in words.items() if value]:
+            raise UserError(f"{given[0]}: {generator!r} makes adapters for styles; give it --style-image")
+        wanted = StyleRequest(
+            style_image=style_image, task=task, num=num, seed=seed, select=select, merge=merge, base=base
+        )
+        for line in deliver_style(loaded, wanted, out, runtime):
+            typer.echo(line)
+        return
+    if style_image:
+        raise UserError(f"--style-image: {generator!r} makes adapters for texts; give it --task-info")
     request = AdapterRequest(
         task_info=task_info, examples=tuple(example or ()), task=task, num=num, seed=seed, select=select, few=few,
         labels=_split(labels), regression=regression, text_columns=_split(text_columns), label_column=label_column,
         merge=merge, base=base,
     )  # fmt: skip
-    for line in deliver(Generator.load(folder, device_of(runtime)), request, out, runtime):
+    for line in deliver(loaded, request, out, runtime):
         typer.echo(line)
 
 
@@ -187,10 +208,15 @@ def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str
         raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
 
     def bundle() -> str:
+        from cpdiff_core.style_experiments import StyleExperimentConfig
         from flows.bundles import bundle_experiment
         from flows.cli import load_experiment
+        from flows.style_bundles import bundle_style_experiment
 
-        return bundle_experiment(load_experiment(generator), runtime)
+        experiment = load_experiment(generator)
+        if isinstance(experiment, StyleExperimentConfig):
+            return bundle_style_experiment(experiment, runtime)
+        return bundle_experiment(experiment, runtime)
 
     return with_root(root, embedded(generator), bundle)
 
@@ -205,10 +231,10 @@ def with_root(root: Path | None, offline: bool, use: Callable[[], str]) -> str:
 
 
 def _export(folder: str, out: Path, compact: bool) -> None:
-    from cpdiff_core.export import copy_generator
+    from cpdiff_core.generators import copy_generator
 
     copy_generator(Path(folder), out, compact)
-    size = sum(path.stat().st_size for path in out.iterdir())
+    size = sum(path.stat().st_size for path in out.rglob("*"))
     typer.echo(f"generator: {out} ({size / 1e6:.1f} MB); use it with `cpdiff generate {out} ...`")
 
 

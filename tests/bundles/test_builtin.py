@@ -15,9 +15,9 @@ from cpdiff_core.bundle import BUILTIN_FOLDER, Generator
 from cpdiff_core.delivery import AdapterRequest, deliver
 from cpdiff_core.domains.base_models import embedded_minilm
 from cpdiff_core.experiments import experiment
-from cpdiff_core.export import copy_generator
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.diffusion import LatentDiffusion
+from cpdiff_core.generators import copy_generator
 
 LIMIT = 20_000_000
 NUM_MINILM = 18_432

@@ -14,8 +14,8 @@ from tiny import save_model
 from cpdiff_core.artifacts import read_tensors
 from cpdiff_core.bundle import POOLED, Generator, seal_generator
 from cpdiff_core.config import UserError
-from cpdiff_core.export import copy_generator
 from cpdiff_core.generator.conditions import build_prompt
+from cpdiff_core.generators import copy_generator
 
 
 def test_moved_generator_gives_the_candidates_of_the_run_bit_for_bit(bundled, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cpdiff_core.bundle import Generator
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest, deliver
-from cpdiff_core.export import copy_generator
+from cpdiff_core.generators import copy_generator
 from flows.generate import generate_adapters
 
 EXAMPLES = ("w1 fine -> yes", "w2 cold -> no")

@@ -90,3 +90,14 @@ def style_run(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> 
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path / "root"}):
         report = Path(run_style_experiment(experiment, runtime)).parent
     return StyleRun(report, path / "root", path / "data", experiment, runtime)
+
+
+@pytest.fixture(scope="session")
+def style_bundle(style_run: StyleRun) -> Path:
+    """The folder of the run's generator, as the flow bundles it."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    from flows.style_bundles import bundle_style_experiment
+
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: style_run.root}):
+        return Path(bundle_style_experiment(style_run.experiment, style_run.runtime))
