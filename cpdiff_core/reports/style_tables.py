@@ -27,7 +27,12 @@ from cpdiff_core.domains.style.distances import (
 )
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits
-from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact, style_oracle
+from cpdiff_core.evaluation.style_scores import (
+    SAMPLE_FILE,
+    StyleReportArtifact,
+    StyleSelectionArtifact,
+    style_oracle,
+)
 
 NO_LORA, ORACLE, SELECTED, SOUP = "no-LoRA", "original (oracle)", "original (selected)", "model soup"
 GENERATED, RANDOM, CHOSEN = "generated (mean of M)", "generated (random)", "generated (selected)"
@@ -47,6 +52,7 @@ class StyleArms(Config):
     original: StyleReportArtifact
     soup: StyleReportArtifact
     generated: StyleReportArtifact
+    selection: tuple[StyleSelectionArtifact, ...] = Field((), description="What chose: of original, of generated.")
 
 
 class StyleReportInputs(Config):
