@@ -41,17 +41,17 @@ EAGER_STEPS = 200
 class Bench:
     """What all parts share: the base model, the tasks, the device and its measured matrix rate."""
 
-    def __init__(self, base_model: BaseModelConfig, runtime: RuntimeConfig, steps: int) -> None:
+    def __init__(self, base_model: BaseModelConfig, runtime: RuntimeConfig, steps: int | None) -> None:
         self.runtime = runtime.model_copy(update={"progress": False})
         self.device = device_of(runtime)
         self.gpu = self.device.type == "cuda"
         self.precision: Literal["fp32", "bf16"] = "bf16" if self.gpu else "fp32"
         self.base: BaseModel = resolve_base_model(base_model)
-        data_dir = Path(runtime.data_dir) if runtime.data_dir else None
+        data_dir = Path(runtime.data_dir) if runtime.data_dir and Path(runtime.data_dir, "glue").is_dir() else None
         tasks = GLUE_TASKS.values() if data_dir else [excerpt(name) for name in ("sst2", "cola", "stsb")]
         self.tasks: list[ResolvedTask] = [resolve_task(task, data_dir) for task in tasks]
         self.rate = measure.matrix_rate(self.device, torch.bfloat16 if self.gpu else torch.float32)
-        self.steps = steps
+        self.steps = steps or (100 if self.gpu else 10)
 
     def members(self, num_runs: int = 1, rank: int = 1, batch_size: int = 32, num_harvest: int = 20) -> list[HarvestConfig]:
         fine_tune = FineTuneConfig(precision=self.precision, num_steps=4000, batch_size=batch_size, num_harvest=num_harvest)
@@ -180,7 +180,8 @@ def scoring(bench: Bench) -> list[Measurement]:
 
 def _vectors(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
     """A real harvest of a few steps, normalised: 150 checkpoints per task."""
-    tuning = bench.tuning(bench.members(num_harvest=150))
+    # On a CPU steps of 32 texts would take longer than what is timed.
+    tuning = bench.tuning(bench.members(batch_size=32 if bench.gpu else 4, num_harvest=150))
     measure.stacked_loop(tuning, 150, capture=bench.gpu)
     w_VK = tuning.ring_SNK.flatten(0, 1).cpu()
     task_V = torch.arange(len(bench.tasks)).repeat_interleave(150)
@@ -344,7 +345,7 @@ def _growth_of_zoos(bench: Bench) -> list[Measurement]:
     """The autoencoder's fit by the number of checkpoints N and the length K of a vector; random vectors of six tasks."""
     rows = []
     longest = ((73_728, 150), (1_179_648, 150), (8_257_536, 50)) if bench.gpu else ((73_728, 50),)
-    config = experiment("glue6/minilm-r1").autoencoder
+    config = experiment("glue6/minilm-r1" if bench.gpu else "quickstart").autoencoder
     for num_parameters, num_checkpoints in ((18_432, 1), (18_432, 50), (18_432, 150), (18_432, 500), *longest):
         if bench.gpu:
             torch.cuda.empty_cache()

@@ -120,12 +120,13 @@ def plain_loop(
     return time.perf_counter() - start, tokens, torch.stack(harvest).cpu()
 
 
-def stacked_loop(tuning: FineTuning, num_steps: int, capture: bool, warmup: int = 20) -> tuple[float, int]:
+def stacked_loop(tuning: FineTuning, num_steps: int, capture: bool) -> tuple[float, int]:
     """Seconds and unpadded tokens of `num_steps` steps of a whole stack, harvest copies included."""
     device = tuning.stack.device
     if device.index is not None:
         torch.cuda.set_device(device)  # of this thread
     program = StepProgram(tuning, capture)
+    warmup = 20 if capture else 2
     lengths, tokens, start = tuning.lengths, 0, 0.0
     # Every shape is captured before the clock starts, as a run of thousands of steps would have done early on.
     for step in [*range(num_steps), *range(warmup)] if capture else range(warmup):
