@@ -1,4 +1,4 @@
-"""The flow behind `cpdiff generate`: adapters for a described task from a portable generator."""
+"""The flow behind the form of adapters, and where a generator comes from: an experiment, a folder, or the package."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ from pathlib import Path
 from prefect import flow
 
 from cpdiff_core.bundle import Generator
-from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.delivery import AdapterRequest, deliver
 from cpdiff_core.domains.glue.stacks import device_of
+from cpdiff_core.generators import load_generator
+from cpdiff_core.style_experiments import StyleExperimentConfig
+from flows.bundles import bundle_experiment
+from flows.cli import load_experiment
+from flows.startup import portable
+from flows.style_bundles import bundle_style_experiment
 
 
 @flow(name="generate-adapters", persist_result=False)
 def generate_adapters(
     generator: str, request: AdapterRequest, out: str, runtime: RuntimeConfig = RuntimeConfig()
 ) -> list[str]:
-    """Write PEFT folders with model cards, and return what there is to say about them.
+    """Write PEFT folders with model cards for a text task, and return what there is to say about them.
 
     Args:
-        generator: A generator folder or builtin/<name>.
+        generator: builtin/<name>, a generator folder, or an experiment by name or .json file.
         request: The task in words, how many candidates, and the data to choose on.
         out: Folder that the adapters are written to; must be empty.
         runtime: Where and how fast.
     """
-    return deliver(Generator.load(generator, device_of(runtime)), request, Path(out), runtime)
+    loaded = load_generator(generator_folder(generator, runtime), device_of(runtime))
+    if not isinstance(loaded, Generator):
+        raise UserError(f"generator {generator!r}: makes adapters for styles; choose one of a text experiment")
+    return deliver(loaded, request, Path(out), runtime)
+
+
+def generator_folder(generator: str, runtime: RuntimeConfig) -> str:
+    """The folder of a generator. That of an experiment comes from the cache; what is missing there is computed first."""
+    if portable(generator):
+        return generator
+    experiment = load_experiment(generator)
+    if isinstance(experiment, StyleExperimentConfig):
+        return bundle_style_experiment(experiment, runtime)
+    return bundle_experiment(experiment, runtime)

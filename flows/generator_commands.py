@@ -14,10 +14,10 @@ import typer
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
-from flows.startup import begin, embedded, runtime_of
+from flows.startup import begin, embedded, portable, runtime_of
 
 GeneratorName = Annotated[
-    str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json) that has been run.")
+    str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json), run first if need be.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write to; must be empty.")]
 
@@ -201,22 +201,14 @@ def register(app: typer.Typer) -> None:
 
 
 def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str:
-    """A generator's folder: given as such, or bundled from an experiment."""
-    if generator.startswith("builtin/") or (Path(generator) / "generator.json").is_file():
+    """A generator's folder: given as such, or an experiment's, which a flow bundles."""
+    if portable(generator):
         return generator
-    if Path(generator).is_dir():
-        raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
 
     def bundle() -> str:
-        from cpdiff_core.style_experiments import StyleExperimentConfig
-        from flows.bundles import bundle_experiment
-        from flows.cli import load_experiment
-        from flows.style_bundles import bundle_style_experiment
+        from flows.generate import generator_folder
 
-        experiment = load_experiment(generator)
-        if isinstance(experiment, StyleExperimentConfig):
-            return bundle_style_experiment(experiment, runtime)
-        return bundle_experiment(experiment, runtime)
+        return generator_folder(generator, runtime)
 
     return with_root(root, embedded(generator), bundle)
 

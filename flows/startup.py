@@ -80,6 +80,16 @@ def checked_device(device: str) -> str:
     return device
 
 
+def portable(generator: str) -> bool:
+    """Whether a generator is named that is ready: builtin/NAME or a folder, else it is an experiment's. Raises UserError
+    for a folder that is none. Judged before the heavy imports, for a ready one needs no server."""
+    if generator.startswith("builtin/") or (Path(generator) / "generator.json").is_file():
+        return True
+    if Path(generator).is_dir():
+        raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
+    return False
+
+
 def embedded(name: str) -> bool:
     """Whether an experiment needs nothing from a hub, judged before the heavy imports, which read HF_HUB_OFFLINE."""
     if not name.endswith(".json"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from sklearn.linear_model import LogisticRegression
 from tiny import sentences, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -20,7 +21,8 @@ from cpdiff_core.bundle import Generator
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest, deliver
 from cpdiff_core.generators import copy_generator
-from flows.generate import generate_adapters
+from flows.generate import generate_adapters, generator_folder
+from tasks.report import tally
 
 EXAMPLES = ("w1 fine -> yes", "w2 cold -> no")
 
@@ -147,3 +149,12 @@ def test_flow_and_command_line_write_the_same_adapters(bundled, data, tmp_path, 
         assert weights[0] == weights[1]
     with pytest.raises(UserError, match=r"--out .*not empty"):
         run(bundled, tmp_path / "cli", task="right")
+
+
+def test_generator_of_an_experiment_comes_from_the_cache(bundled, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.json"
+    config.write_text(bundled.experiment.model_dump_json())
+    before, runtime = tally(), bundled.runtime.model_copy(update={"data_dir": str(bundled.data)})
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: bundled.root}):
+        assert Path(generator_folder(str(config), runtime)) == bundled.folder
+    assert tally()["computed"] == before["computed"]
