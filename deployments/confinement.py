@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from cpdiff_core.config import RuntimeConfig, UserError
@@ -46,6 +47,22 @@ def data_file(field: str, name: str) -> Path:
     if Path(name).is_absolute() or not path.resolve().is_relative_to(folder):
         raise UserError(f"{field} {name!r}: must lie below {DATA_VARIABLE} of the worker; give a path relative to it")
     return path
+
+
+def generator(parent: Path, name: str, experiments: Collection[str]) -> str:
+    """A generator from a form: builtin/<name>, one of `experiments`, or a folder `parent/name`. Raises UserError."""
+    if name in experiments:
+        return name
+    if name.startswith("builtin/"):
+        named_folder(parent, "generator", name.removeprefix("builtin/"))
+        return name
+    folder = named_folder(parent, "generator", name)
+    if not folder.is_dir():
+        raise UserError(
+            f"generator {name!r}: is no experiment whose generator can be taken and no folder below {str(parent)!r}; "
+            "choose an experiment, builtin/<name>, or put a generator there with `cpdiff export-generator`"
+        )
+    return str(folder)
 
 
 def check_experiment(experiment: ExperimentConfig) -> None:

@@ -10,14 +10,14 @@ the package must be installed where it runs. New schedules are paused; a later c
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import typer
 
 from cpdiff_core.config import UserError
 
-POOLS = {"gpu": "flows that train; one at a time per GPU", "cpu": "reports, comparisons and sampling"}
+POOLS = {"gpu": "flows that train or sample; one at a time per GPU", "cpu": "what only reads: comparisons"}
 
 WORKER_ENVIRONMENT = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # nothing is ever unpickled
@@ -34,7 +34,6 @@ class Deployment:
     name: str
     pool: Literal["gpu", "cpu"]
     cron: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
 
@@ -43,7 +42,7 @@ DEPLOYMENTS = (
     Deployment("reproduce_table_form", "reproduce-table", "gpu"),
     Deployment("run_benchmarks_form", "run-benchmarks", "gpu", cron="0 4 * * 0", tags=("weekly",)),
     Deployment("rerun_experiment_form", "nightly-reproduction", "gpu", cron="0 2 * * *", tags=("nightly",)),
-    Deployment("generate_adapters_form", "generate-adapters", "cpu"),
+    Deployment("generate_adapters_form", "generate-adapters", "gpu"),
     Deployment("compare_reruns_form", "compare-reruns", "cpu"),
 )
 
@@ -91,21 +90,16 @@ def deploy(gpus: int = 1, schedules: Literal["on", "off"] | None = None) -> list
     for item in DEPLOYMENTS:
         flow = getattr(forms, item.flow)
         active = {"on": True, "off": False}[schedules] if schedules else is_active(flow.name, item.name)
-        flow.deploy(
+        flow.to_deployment(
             name=item.name,
             work_pool_name=item.pool,
             entrypoint_type=EntrypointType.MODULE_PATH,
-            build=False,
-            push=False,
-            ignore_warnings=True,
-            print_next_steps=False,
-            parameters=item.parameters,
             tags=list(item.tags),
             job_variables={"env": WORKER_ENVIRONMENT},
             schedules=[Cron(item.cron, timezone="UTC", active=active)] if item.cron else [],
-        )
+        ).apply()
         when = f"{item.cron} UTC, {'on' if active else 'paused'}" if item.cron else "on request"
-        lines.append(f"{flow.name}/{item.name:<22} pool {item.pool}   {when}")
+        lines.append(f"{f'{flow.name}/{item.name}':<40} pool {item.pool}   {when}")
     return lines
 
 

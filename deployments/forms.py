@@ -20,23 +20,32 @@ from cpdiff_core.delivery import AdapterRequest
 from cpdiff_core.experiments import EXPERIMENTS, BaseName, ExperimentConfig, TableName, experiment
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 from deployments import confinement
-from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
+from deployments.faults import form, show_one_line
+from deployments.rerun import benchmark_verdict, compare, ended, fresh_roots, on_root, previous_root
 from flows.benchmark import run_benchmarks
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment
-from flows.tables import reproduce_table
+from flows.tables import Data, reproduce_table
 from tasks.engine import with_engine
 from tasks.stage import root
 
-ExperimentName = Literal[(*EXPERIMENTS, *STYLE_EXPERIMENTS)]  # type: ignore[valid-type]
+# Titles are what the form writes on the tabs between alternatives.
+Named = Annotated[Literal[(*EXPERIMENTS, *STYLE_EXPERIMENTS)], Field(title="by name")]  # type: ignore[valid-type]
+OfOnesOwn = Annotated[ExperimentConfig, Field(title="a configuration of one's own")]
+OtherName = Annotated[str, Field(title="another name", min_length=1)]
+GENERATING = tuple(name for name, item in EXPERIMENTS.items() if item.blocks is None)
+OfExperiment = Annotated[Literal[GENERATING], Field(title="of an experiment")]  # type: ignore[valid-type]
+Kept = Annotated[str, Field(title="builtin or a folder", min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
-Threads = Annotated[int, Field(ge=1)] | None
+Threads = Annotated[int, Field(ge=1, title="a number")] | None
+Steps = Annotated[int, Field(ge=5, title="a number")] | None
 
 FLOW_OPTIONS: dict[str, Any] = {"persist_result": False}
+show_one_line()
 
 
-def _chosen(value: ExperimentName | ExperimentConfig) -> ExperimentConfig | StyleExperimentConfig:
+def _chosen(value: Named | ExperimentConfig) -> ExperimentConfig | StyleExperimentConfig:
     if isinstance(value, str):
         return STYLE_EXPERIMENTS[value] if value in STYLE_EXPERIMENTS else experiment(value)
     confinement.check_experiment(value)
@@ -54,17 +63,39 @@ def _name_of(value: Any) -> str:
     return str(value["name"] if isinstance(value, dict) else value.name)
 
 
+def _at(name: str) -> str:
+    return f"{name} {time.strftime('%Y-%m-%d %H:%M')}"
+
+
 def _experiment_run() -> str:
-    return f"{_name_of(flow_run.parameters['experiment'])} {time.strftime('%Y-%m-%d %H:%M')}"
+    return _at(_name_of(flow_run.parameters["experiment"]))
+
+
+def _rerun() -> str:
+    return f"again: {_experiment_run()}"
+
+
+def _comparison_run() -> str:
+    return f"compared: {_experiment_run()}"
 
 
 def _table_run() -> str:
-    return f"{flow_run.parameters['table']} on {flow_run.parameters['base']}"
+    given = flow_run.parameters
+    return _at(f"{given['table']} on {given['base']}, {given['data']} data")
+
+
+def _benchmark_run() -> str:
+    return _at(f"benchmarks on {flow_run.parameters['base']}")
+
+
+def _generation_run() -> str:
+    return _at(f"adapters from {flow_run.parameters['generator']}")
 
 
 @flow(name="run-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)
+@form
 def run_experiment_form(
-    experiment: ExperimentName | ExperimentConfig = "quickstart",
+    experiment: Named | OfOnesOwn = "quickstart",
     device: Device = "auto",
     num_threads: Threads = None,
 ) -> str:
@@ -73,40 +104,47 @@ def run_experiment_form(
     What has been computed before is taken from the cache.
 
     Args:
-        experiment: Choose one by name, or fill in a configuration of your own. `cpdiff list` says what each is for.
+        experiment: Choose one by name, or fill in a configuration of your own. `cpdiff list` says what each is for; all
+            but quickstart and style-quickstart need data in the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; leave empty for torch's choice.
+        num_threads: CPU threads; None is torch's choice.
     """
     config = _chosen(experiment)
     return str(_flow_of(config)(config, confinement.runtime(device, num_threads)))
 
 
 @flow(name="reproduce-table", flow_run_name=_table_run, **FLOW_OPTIONS)
+@form
 def reproduce_table_form(
     table: TableName = "table1",
+    data: Data = "excerpt",
     base: BaseName = "minilm-l6",
-    num_seeds: Annotated[int, Field(ge=1)] = 1,
+    num_seeds: Annotated[int, Field(ge=1, le=20)] = 1,
     device: Device = "auto",
     num_threads: Threads = None,
 ) -> str:
-    """Run every row of one of the paper's tables, one after another; rows share what they have in common.
+    """Compute every row of one of the paper's tables; rows share what they have in common.
 
     Args:
         table: Which table of the paper; extra holds the rows that the paper does not have.
-        base: The base model. minilm-l6 needs no download; the others are found on the hub or in a local folder.
-        num_seeds: Seeds per row; more than one gives intervals over seeds.
+        data: excerpt shows the table on a small part of three tasks, in minutes and without a GPU; its numbers say
+            nothing about the method. full is all six GLUE tasks, below the worker's CPDIFF_DATA_DIR or from the hub.
+        base: The base model. minilm-l6 needs no download; the others come from the hub.
+        num_seeds: Seeds per row, pooled. A claim about the method needs at least two.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; leave empty for torch's choice.
+        num_threads: CPU threads; None is torch's choice.
     """
-    return str(with_engine(reproduce_table)(table, base, num_seeds, confinement.runtime(device, num_threads)))
+    runtime = confinement.runtime(device, num_threads)
+    return str(with_engine(reproduce_table)(table, base, num_seeds, data, runtime))
 
 
-@flow(name="rerun-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)
+@flow(name="rerun-experiment", flow_run_name=_rerun, **FLOW_OPTIONS)
+@form
 def rerun_experiment_form(
-    experiment: ExperimentName | ExperimentConfig = "quickstart",
+    experiment: Named | OfOnesOwn = "quickstart",
+    keep: Annotated[int, Field(ge=1, le=100)] = 2,
     device: Device = "auto",
     num_threads: Threads = None,
-    keep: Annotated[int, Field(ge=1)] = 2,
 ) -> Any:
     """Compute an experiment again from nothing, and compare it with the last time.
 
@@ -114,24 +152,27 @@ def rerun_experiment_form(
 
     Args:
         experiment: Choose one by name, or fill in a configuration of your own.
-        device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; leave empty for torch's choice.
         keep: How many reruns of the experiment are kept, this one included.
+        device: Where to compute. auto takes a GPU if the worker has one.
+        num_threads: CPU threads; None is torch's choice. Another number may give other last bits.
     """
     config = _chosen(experiment)
     base, fresh = root(), fresh_roots(root(), config.name)
-    earlier = previous_root(base, config.name)
-    report = on_root(fresh.new(), _flow_of(config), config, confinement.runtime(device, num_threads))
-    warnings = compare(config.name, earlier, fresh.newest())
-    fresh.prune(keep)
-    return warn(config.name, warnings, report)
+    earlier, path = previous_root(base, config.name), fresh.new()
+    try:
+        report = on_root(path, _flow_of(config), config, confinement.runtime(device, num_threads))
+        verdict = compare(config.name, earlier, path)
+    finally:
+        fresh.prune(config.name, keep)
+    return ended(config.name, verdict, report)
 
 
-@flow(name="run-benchmarks", **FLOW_OPTIONS)
+@flow(name="run-benchmarks", flow_run_name=_benchmark_run, **FLOW_OPTIONS)
+@form
 def run_benchmarks_form(
     parts: list[Part] = list(ALL_PARTS),  # noqa: B006 - the form shows it
     base: BaseName = "minilm-l6",
-    steps: Annotated[int, Field(ge=5)] = 100,
+    steps: Steps = None,
     device: Device = "auto",
     num_threads: Threads = None,
 ) -> Any:
@@ -140,35 +181,41 @@ def run_benchmarks_form(
     Ends as `Warning` if a ratio is more than a tenth below the last one on the same device.
 
     Args:
-        parts: What to measure.
-        base: The base model.
-        steps: Steps per timing of the training loops.
+        parts: What to measure. several_gpus is skipped where there is one.
+        base: The base model. minilm-l6 needs no download; the others come from the hub.
+        steps: Steps per timing of the training loops; None is 100 on a GPU and 10 on a CPU.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; leave empty for torch's choice.
+        num_threads: CPU threads; None is torch's choice.
     """
-    result = run_benchmarks.fn(parts, base, steps, runtime=confinement.runtime(device, num_threads))
-    return warn("benchmarks", benchmark_warnings(root() / "benchmarks"), result)
+    if not parts:
+        raise UserError(f"parts []: is empty; choose at least one of {', '.join(ALL_PARTS)}")
+    result = run_benchmarks.fn(tuple(parts), base, steps, runtime=confinement.runtime(device, num_threads))
+    return ended("benchmarks", benchmark_verdict(root() / "benchmarks"), result)
 
 
-@flow(name="generate-adapters", **FLOW_OPTIONS)
+@flow(name="generate-adapters", flow_run_name=_generation_run, **FLOW_OPTIONS)
+@form
 def generate_adapters_form(
-    name: str = "my-adapters", generator: str = "builtin/minilm-glue6", request: AdapterRequest | None = None,
+    generator: OfExperiment | Kept = "quickstart",
+    request: AdapterRequest = AdapterRequest(task="sst2", num=4),
+    name: str = "",
     device: Device = "auto",
-) -> Any:  # fmt: skip
+    num_threads: Threads = None,
+) -> Any:
     """Generate LoRA adapters for a task from a description of it, as PEFT folders with model cards.
 
     Args:
-        name: The folder below <root>/adapters that the adapters are written to; it must not exist yet.
-        generator: builtin/<name>, or the name of a folder below <root>/generators.
-        request: The task in words or by name, and how many candidates. Files lie below the worker's CPDIFF_DATA_DIR.
+        generator: The generator of an experiment (if that has not been run on this root, it is computed first: minutes for
+            quickstart, a GPU and data for the others); or builtin/<name>, or a folder below <root>/generators.
+        request: The task, by name or in words, and how many candidates. Files lie below the worker's CPDIFF_DATA_DIR.
+        name: The folder below <root>/adapters that the adapters are written to, new or empty. Left empty, it is named
+            after the generator and the time.
         device: Where to compute. auto takes a GPU if the worker has one.
+        num_threads: CPU threads; None is torch's choice.
     """
-    request = request or AdapterRequest(task="sst2", num=4)
+    name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
     out = confinement.named_folder(root() / "adapters", "name", name)
-    if not generator.startswith("builtin/"):
-        generator = str(confinement.named_folder(root() / "generators", "generator", generator))
-    else:
-        confinement.named_folder(root(), "generator", generator.removeprefix("builtin/"))
+    source = confinement.generator(root() / "generators", generator, GENERATING)
     files = {
         field: str(confinement.data_file(f"request.{field}", value))
         for field in ("select", "few")
@@ -176,18 +223,20 @@ def generate_adapters_form(
     }
     if request.base is not None:
         confinement.check_model("request.base", request.base)
-    lines = generate_adapters.fn(generator, request.model_copy(update=files), str(out), confinement.runtime(device, None))
-    return Completed(message="\n".join([*lines, f"adapters: {out}"])[:2000])
+    runtime = confinement.runtime(device, num_threads)
+    lines = generate_adapters.fn(source, request.model_copy(update=files), str(out), runtime)
+    return Completed(message="\n".join(lines)[:2000])
 
 
-@flow(name="compare-reruns", **FLOW_OPTIONS)
-def compare_reruns_form(experiment: ExperimentName = "quickstart") -> Any:
+@flow(name="compare-reruns", flow_run_name=_comparison_run, **FLOW_OPTIONS)
+@form
+def compare_reruns_form(experiment: Named | OtherName = "quickstart") -> Any:
     """Compare the two newest reruns of an experiment again. Computes nothing; needs no GPU.
 
     Args:
-        experiment: Which experiment.
+        experiment: Which experiment; another name is that of a configuration of your own. It must have been rerun twice.
     """
-    kept = fresh_roots(root(), experiment).kept()
+    kept = fresh_roots(root(), experiment).finished(experiment)
     if len(kept) < 2:
-        raise UserError(f"experiment {experiment!r}: has {len(kept)} reruns, two are needed; run rerun-experiment")
-    return warn(experiment, compare(experiment, kept[-2], kept[-1]), str(kept[-1]))
+        raise UserError(f"experiment {experiment!r}: has {len(kept)} finished reruns, two are needed; run rerun-experiment")
+    return ended(experiment, compare(experiment, kept[-2], kept[-1]), str(kept[-1]))

@@ -41,11 +41,15 @@ class FreshRoots:
         """Oldest first."""
         return sorted(path for path in self.folder.glob("2*T*") if path.is_dir())
 
-    def newest(self) -> Path:
-        return self.kept()[-1]
+    def finished(self, name: str) -> list[Path]:
+        """Those with a report of the experiment `name`. Oldest first."""
+        return [path for path in self.kept() if _report(survey(path), name) is not None]
 
-    def prune(self, keep: int) -> None:
-        for path in self.kept()[:-keep]:
+    def prune(self, name: str, keep: int) -> None:
+        """Remove all but the newest `keep` finished ones, and those that have not finished within a day."""
+        finished, yesterday = self.finished(name), time.time() - 86400.0
+        unfinished = [path for path in self.kept() if path not in finished and path.stat().st_mtime < yesterday]
+        for path in [*finished[:-keep], *unfinished]:
             shutil.rmtree(path)
 
 
@@ -55,10 +59,10 @@ def fresh_roots(root: Path, name: str) -> FreshRoots:
 
 def previous_root(root: Path, name: str) -> Path | None:
     """Where the experiment was last computed: its newest rerun with a report, else the root itself."""
-    for path in [*reversed(fresh_roots(root, name).kept()), root]:
-        if _report(survey(path), name) is not None:
-            return path
-    return None
+    finished = fresh_roots(root, name).finished(name)
+    if finished:
+        return finished[-1]
+    return root if _report(survey(root), name) is not None else None
 
 
 def on_root(path: Path, flow: Flow[..., Any], *arguments: Any) -> Any:
@@ -67,19 +71,38 @@ def on_root(path: Path, flow: Flow[..., Any], *arguments: Any) -> Any:
         return flow.with_options(result_storage=path)(*arguments)
 
 
-def compare(name: str, previous: Path | None, fresh: Path) -> list[str]:
-    """What differs between two roots, one line each; empty if nothing does or there is nothing to compare with."""
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison has found. warnings: one line each. same: what has not changed, in words."""
+
+    warnings: tuple[str, ...]
+    same: str
+
+
+FIRST = Verdict((), "the first time: there is nothing to compare with")
+
+
+def compare(name: str, previous: Path | None, fresh: Path) -> Verdict:
+    """What differs between two roots, and what does not."""
     if previous is None:
-        return []
+        return FIRST
     old, new = survey(previous), survey(fresh)
     shared = [key for key in new if key in old and old[key].complete and new[key].complete]
-    warnings = [f"{key} has other bytes than before: {files}" for key in shared if (files := _differing(old[key], new[key]))]
+    differing = {key: files for key in shared if (files := _differing(old[key], new[key]))}
+    warnings = [f"{key} has other bytes than before: {files}" for key, files in differing.items()]
+    same = f"{len(shared) - len(differing)} of {len(shared)} artifacts are bit-identical to those in {previous.name}"
     before, after = _report(old, name), _report(new, name)
     if before is None or after is None:
-        return [*warnings, "one of the two has no report"]
+        return Verdict((*warnings, "one of the two has no report"), same)
     if before.key != after.key:
-        warnings.append("the experiment itself has changed: its configuration, its data or a stage's version")
-    return warnings + _moved_scores(before.folder, after.folder)
+        changed = sorted({item.stage for key, item in new.items() if key not in shared and item.complete})
+        warnings.append(
+            "the experiment itself has changed: its configuration, its data or a stage's version; stages with other "
+            f"inputs: {', '.join(changed)}"
+        )
+    moved, num_scores = _moved_scores(before.folder, after.folder)
+    same += f", {num_scores - len(moved)} of {num_scores} scores are within their earlier intervals"
+    return Verdict((*warnings, *moved), same)
 
 
 def _report(stored: dict[str, Stored], name: str) -> Stored | None:
@@ -93,48 +116,56 @@ def _differing(old: Stored, new: Stored) -> str:
     return ", ".join(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
 
 
-def _moved_scores(old: Path, new: Path) -> list[str]:
-    """Scores of one report that lie outside the interval of the other."""
+def _moved_scores(old: Path, new: Path) -> tuple[list[str], int]:
+    """Scores of one report that lie outside the interval of the other, and how many both have."""
     keys = ["task", "arm", "metric"]
     both = pd.read_csv(old / "results.csv").merge(pd.read_csv(new / "results.csv"), on=keys, suffixes=("_old", "_new"))
     outside = both[(both.estimate_new < both.low_old) | (both.estimate_new > both.high_old)]
-    return [
+    lines = [
         f"{row.task}, {row.arm}: {row.estimate_new:.1f} is outside {row.low_old:.1f} to {row.high_old:.1f}"
         for row in outside.itertuples()
     ]
+    return lines, len(both)
 
 
-def benchmark_warnings(folder: Path) -> list[str]:
+def benchmark_verdict(folder: Path) -> Verdict:
     """Ratios in the newest CSV file of `folder` that have regressed against the newest earlier one of the device."""
     files = sorted(folder.glob("*.csv"))
     if not files:
-        return []
+        return FIRST
     new = pd.read_csv(files[-1])
     for file in reversed(files[:-1]):
         old = pd.read_csv(file)
         if old.device.iloc[0] == new.device.iloc[0]:
-            both = old.merge(new, on=["work", "reference_name"], suffixes=("_old", "_new"))
-            return [
+            both = old.merge(new, on=["work", "reference_name"], suffixes=("_old", "_new")).dropna(
+                subset=["ratio_old", "ratio_new"]
+            )
+            fallen = both[both.ratio_new < REGRESSION * both.ratio_old]
+            lines = tuple(
                 f"{row.work}: {row.ratio_new:.2f} x {row.reference_name}, {row.ratio_old:.2f} x in {file.name}"
-                for row in both[both.ratio_new < REGRESSION * both.ratio_old].itertuples()
-            ]
-    return []
+                for row in fallen.itertuples()
+            )
+            held = f"{len(both) - len(lines)} of {len(both)} ratios are at least {REGRESSION} of those in {file.name}"
+            return Verdict(lines, held)
+    return Verdict((), f"the first time on {new.device.iloc[0]}: there is nothing to compare with")
 
 
-def warn(name: str, warnings: list[str], result: str) -> Any:
+def ended(name: str, verdict: Verdict, result: str) -> Any:
     """The state a rerun ends with, and an artifact that says why."""
-    head = f"**{len(warnings)} warnings**" if warnings else "Nothing has changed, or there was nothing to compare with."
+    number = f"{len(verdict.warnings)} warning{'s' if len(verdict.warnings) > 1 else ''}"
     lines = [
         f"# {name}: compared with the last time",
         "",
-        head,
+        f"**{number}**" if verdict.warnings else "No warning.",
         "",
-        *(f"- {line}" for line in warnings),
+        *(f"- {line}" for line in verdict.warnings),
+        "",
+        f"{verdict.same[0].upper()}{verdict.same[1:]}.",
         "",
         f"`{result}`",
     ]
     key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     create_markdown_artifact(key=f"{key}-comparison", markdown="\n".join(lines))
-    if warnings:
-        return Completed(name="Warning", message=f"{len(warnings)} warnings; first: {warnings[0]}")
-    return Completed(message=f"as before; {result}")
+    if verdict.warnings:
+        return Completed(name="Warning", message=f"{number}; first: {verdict.warnings[0]}")
+    return Completed(message=f"{verdict.same}; {result}")

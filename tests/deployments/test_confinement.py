@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpdiff_core.config import UserError
 from cpdiff_core.experiments import QUICKSTART
-from deployments.confinement import check_experiment, check_model, data_file, named_folder
+from deployments.confinement import check_experiment, check_model, data_file, generator, named_folder
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "~", ".hidden", "a\0b", "a\n", "link"])
@@ -54,6 +54,16 @@ def test_local_models_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="a known name or a hub id"):
         check_model("base_model.name", name)
+
+
+def test_generator_is_an_experiment_a_builtin_or_a_folder_below_generators(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert generator(tmp_path, "glue6/minilm-r1", ["glue6/minilm-r1"]) == "glue6/minilm-r1"
+    assert generator(tmp_path, "builtin/x", []) == "builtin/x"
+    assert generator(tmp_path, "mine", []) == str(tmp_path / "mine")
+    for name, message in (("other", "is no experiment"), ("../mine", "plain name"), ("builtin/../x", "plain name")):
+        with pytest.raises(UserError, match=message):
+            generator(tmp_path, name, ["quickstart"])
 
 
 def test_whole_configurations_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

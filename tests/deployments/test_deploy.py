@@ -72,4 +72,18 @@ def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: lis
     by_name, whole = properties("run-experiment")["experiment"]["anyOf"]
     assert set(by_name["enum"]) == {*EXPERIMENTS, *STYLE_EXPERIMENTS}
     assert whole["$ref"].endswith("ExperimentConfig")
-    assert properties("run-benchmarks")["steps"]["minimum"] == 5
+    assert properties("run-benchmarks")["steps"]["anyOf"][0]["minimum"] == 5
+
+
+def test_alternatives_of_a_field_have_names_that_a_person_understands(lines: list[str]) -> None:
+    for item in DEPLOYMENTS:
+        for field, schema in properties(item.name).items():
+            for choice in schema.get("anyOf", ()):
+                assert choice["type" if "type" in choice else "$ref"] == "null" or choice.get("title"), f"{item.name}: {field}"
+
+
+def test_generators_are_a_dropdown_whose_default_needs_nothing_from_outside(lines: list[str]) -> None:
+    names = properties("generate-adapters")["generator"]["anyOf"][0]["enum"]
+    assert properties("generate-adapters")["generator"]["default"] == "quickstart"
+    assert "quickstart" in names
+    assert set(names) < EXPERIMENTS.keys(), "no styles, and none that generates a part of an adapter"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.artifacts import Artifact, seal, write_json
-from deployments.rerun import benchmark_warnings, compare, fresh_roots, on_root, previous_root, warn
+from deployments.rerun import FIRST, Verdict, benchmark_verdict, compare, ended, fresh_roots, on_root, previous_root
 from tasks.stage import folder, is_done, root, stage
 
 
@@ -66,8 +69,10 @@ def report(root: Path, key: str = "report/ff1", estimate: float = 50.0, weights:
 def test_equal_roots_give_no_warning(tmp_path: Path) -> None:
     report(tmp_path / "old")
     report(tmp_path / "new")
-    assert compare("a", tmp_path / "old", tmp_path / "new") == []
-    assert compare("a", None, tmp_path / "new") == []
+    assert compare("a", tmp_path / "old", tmp_path / "new") == Verdict(
+        (), "2 of 2 artifacts are bit-identical to those in old, 1 of 1 scores are within their earlier intervals"
+    )
+    assert compare("a", None, tmp_path / "new") == FIRST
 
 
 def test_other_bytes_a_moved_score_and_another_configuration_are_each_named(tmp_path: Path) -> None:
@@ -75,12 +80,15 @@ def test_other_bytes_a_moved_score_and_another_configuration_are_each_named(tmp_
     report(tmp_path / "bytes", weights="other")
     report(tmp_path / "score", estimate=61.0)
     report(tmp_path / "config", key="report/ff2")
-    assert compare("a", tmp_path / "old", tmp_path / "bytes") == ["fit/bb1 has other bytes than before: data.txt"]
+    other = compare("a", tmp_path / "old", tmp_path / "bytes")
+    assert other.warnings == ("fit/bb1 has other bytes than before: data.txt",)
+    assert other.same.startswith("1 of 2 artifacts are bit-identical")
     moved = compare("a", tmp_path / "old", tmp_path / "score")
-    assert moved[-1] == "sst2, generated: 61.0 is outside 40.0 to 60.0"
-    assert compare("a", tmp_path / "old", tmp_path / "config") == [
-        "the experiment itself has changed: its configuration, its data or a stage's version"
-    ]
+    assert moved.warnings[-1] == "sst2, generated: 61.0 is outside 40.0 to 60.0"
+    assert moved.same.endswith("0 of 1 scores are within their earlier intervals")
+    assert compare("a", tmp_path / "old", tmp_path / "config").warnings == (
+        "the experiment itself has changed: its configuration, its data or a stage's version; stages with other inputs: report",
+    )
 
 
 def test_previous_is_the_newest_rerun_with_a_report_and_old_ones_go(tmp_path: Path) -> None:
@@ -89,10 +97,14 @@ def test_previous_is_the_newest_rerun_with_a_report_and_old_ones_go(tmp_path: Pa
     assert previous_root(tmp_path, "a") == tmp_path
     runs = fresh_roots(tmp_path, "a")
     report(runs.folder / "20260101T000000")
-    (runs.folder / "20260102T000000").mkdir()
-    assert previous_root(tmp_path, "a") == runs.folder / "20260101T000000"
-    runs.prune(1)
-    assert [path.name for path in runs.kept()] == ["20260102T000000"]
+    report(runs.folder / "20260102T000000")
+    (runs.folder / "20260103T000000").mkdir()
+    assert previous_root(tmp_path, "a") == runs.folder / "20260102T000000"
+    runs.prune("a", 1)
+    assert [path.name for path in runs.kept()] == ["20260102T000000", "20260103T000000"], "it may still run"
+    os.utime(runs.folder / "20260103T000000", (0, 0))
+    runs.prune("a", 1)
+    assert [path.name for path in runs.kept()] == ["20260102T000000"], "what has failed is no result"
 
 
 @pytest.mark.parametrize(("ratio", "device", "count"), [(9.5, "x", 0), (8.5, "x", 1), (8.5, "y", 0)])
@@ -102,13 +114,22 @@ def test_ratio_that_fell_by_more_than_a_tenth_on_the_same_device_is_a_warning(
     for name, value, where in (("1.csv", 10.0, "x"), ("2.csv", ratio, device)):
         row = {"device": where, "work": "harvest", "ours": 1.0, "reference_name": "plain loop", "ratio": value}
         pd.DataFrame([row]).to_csv(tmp_path / name, index=False)
-    assert len(benchmark_warnings(tmp_path)) == count
+    verdict = benchmark_verdict(tmp_path)
+    assert len(verdict.warnings) == count
+    assert ("nothing to compare" in verdict.same) == (device == "y")
+    if count:
+        assert verdict.warnings == ("harvest: 8.50 x plain loop, 10.00 x in 1.csv",)
 
 
 def test_warning_is_the_state_of_the_run(artifact_root: Path) -> None:
     @flow(persist_result=False)
     def ends_with(warnings: list[str]) -> object:
-        return warn("a", warnings, "somewhere")
+        return ended("a", Verdict(tuple(warnings), "2 of 3 scores are as before"), "somewhere")
 
-    assert ends_with(["it moved"], return_state=True).name == "Warning"
+    warned = ends_with(["it moved"], return_state=True)
+    assert (warned.name, warned.message) == ("Warning", "1 warning; first: it moved")
     assert ends_with([], return_state=True).name == "Completed"
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["a-comparison"])))
+    assert {"- it moved" in str(item.data) for item in found} == {True, False}
+    assert all("2 of 3 scores are as before." in str(item.data) for item in found)

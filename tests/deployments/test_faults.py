@@ -1,0 +1,59 @@
+"""What the UI says of a user's fault."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect import flow
+
+from cpdiff_core.config import UserError
+from deployments.faults import form, in_words_of_the_form, show_one_line
+from tasks.stage import stage
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What a worker's runs log at ERROR and above, as text."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.ERROR)
+    yield text
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@stage("refuses")
+def refuses(out: Path, fault: str) -> None:
+    raise UserError("--few 'x': no such file") if fault == "user" else ValueError("ours")
+
+
+@flow(persist_result=False)
+@form
+def refusing(fault: str = "user") -> None:
+    refuses(fault)
+
+
+def test_users_fault_is_one_line_in_the_log_and_in_the_state(artifact_root: Path, log: io.StringIO) -> None:
+    show_one_line()
+    state = refusing(return_state=True)
+    assert state.is_failed()
+    assert str(state.message).endswith("UserError: few 'x': no such file")
+    assert "few 'x': no such file" in log.getvalue()
+    assert "Traceback" not in log.getvalue()
+    refusing("ours", return_state=True)
+    assert "Traceback" in log.getvalue(), "a fault of ours is shown whole"
+
+
+def test_options_become_fields_or_settings_of_the_worker() -> None:
+    assert in_words_of_the_form("--text-columns or --few: give --data-dir; a--b stays") == (
+        "text_columns or few: give CPDIFF_DATA_DIR of the worker; a--b stays"
+    )
