@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_type_hints
 
 from cpdiff_core.config import UserError
 
@@ -37,6 +38,9 @@ def form(body: Callable[P, R]) -> Callable[P, R]:
         except UserError as error:
             raise UserError(in_words_of_the_form(str(error))) from error
 
+    # Prefect looks up names in annotations where the function was made, which is here: it gets them looked up.
+    run.__signature__ = inspect.signature(body, eval_str=True)  # type: ignore[attr-defined]
+    run.__annotations__ = get_type_hints(body, include_extras=True)
     return run
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ParameterTypeError
+from prefect.utilities.callables import get_parameter_defaults
 
 from cpdiff_core.experiments import EXPERIMENTS
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
-from deployments.deploy import DEPLOYMENTS, deploy
+from deployments import forms
+from deployments.deploy import DEPLOYMENTS, Deployment, deploy
 
 
 def deployed() -> dict[str, DeploymentResponse]:
@@ -66,6 +69,15 @@ def test_every_field_of_every_form_is_described_and_has_a_default(lines: list[st
         for field, schema in properties(item.name).items():
             assert schema.get("description"), f"{item.name}: {field}"
             assert "default" in schema, f"{item.name}: {field}"
+
+
+@pytest.mark.parametrize("item", DEPLOYMENTS, ids=lambda item: item.name)
+def test_a_run_accepts_the_defaults_of_its_form_and_refuses_what_is_none(item: Deployment) -> None:
+    flow = getattr(forms, item.flow)
+    flow.validate_parameters(get_parameter_defaults(flow.fn))
+    wrong = {name: ["wrong"] for name in ("experiment", "table", "parts", "generator") if name in flow.parameters.properties}
+    with pytest.raises(ParameterTypeError):
+        flow.validate_parameters(get_parameter_defaults(flow.fn) | wrong)
 
 
 def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: list[str]) -> None:
