@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ def _forkserver() -> Any:
     """Processes forked from one that has imported everything: a second each instead of five."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["toy_stages"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # what is to be preloaded is looked for there alone
+        forkserver.ensure_running()
     return context
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flaky_storage import Fault, flaky
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from toy_stages import Number, double, load, logged, number
+from toy_stages import Number, double, load, logged, number, run_on_with, run_worker
 
 from cpdiff_core.artifacts import verify
 from cpdiff_core.config import UserError
@@ -18,7 +20,7 @@ from tasks import remote
 from tasks.stage import folder, is_done
 
 moto_server = pytest.importorskip("moto.server", reason="pip install 'cpdiff[dev]'")
-pytest.importorskip("s3fs", reason="pip install 'cpdiff[s3]'")
+s3fs = pytest.importorskip("s3fs", reason="pip install 'cpdiff[s3]'")
 ONE = Number(value=1)
 
 
@@ -103,6 +105,45 @@ def test_storage_that_fails_is_one_line_without_secrets_and_a_rerun_goes_on(
     assert not is_done(number.artifact(ONE))
     monkeypatch.setenv(remote.VARIABLE, bucket)
     assert load(number(ONE)) == 1.0
+
+
+@pytest.mark.parametrize("fault", ["503", "closed"])
+@pytest.mark.parametrize("after", [0, 3, 9])
+def test_storage_that_fails_for_a_while_changes_nothing(
+    artifact_root: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault, after: int
+) -> None:
+    with flaky(os.environ["AWS_ENDPOINT_URL"]) as storage:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", storage.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(remote, "_stores", {})  # connections are kept
+        s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+        storage.fail(fault, after)
+        with pytest.raises(UserError, match=r"^CPDIFF_REMOTE 's3://.*; check it and run again: finished stages are kept$"):
+            double(number(ONE))
+        assert storage.failed
+        storage.heal()
+        assert load(double(number(ONE))) == 2.0
+        artifacts = (number.artifact(ONE), double(number(ONE)))
+        assert [fault for artifact in artifacts for fault in verify(folder(artifact))] == []
+        with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "other"}):
+            assert load(double(number(ONE))) == 2.0
+            assert logged(tmp_path / "other") == [], "all of it is in the store"
+
+
+def test_workers_of_a_cluster_with_roots_of_their_own_meet_in_the_store(
+    artifact_root: Path, bucket: str, scheduler: str, start, tmp_path: Path
+) -> None:
+    pytest.importorskip("prefect_dask", reason="pip install 'cpdiff[dask]'")
+    s3 = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == remote.VARIABLE}
+    own = tmp_path / "own"
+    start(run_worker, scheduler, s3 | {"PREFECT_LOCAL_STORAGE_PATH": str(own)})
+    start(run_on_with, s3, scheduler, "double_apart", 1).join(60)
+    assert logged(artifact_root) == ["number 1", "returned 2.0"]
+    assert logged(own) == ["double"]
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: own}):
+        assert verify(folder(number.artifact(ONE))) == [], "fetched, for it was computed in the flow"
+        assert is_done(double.artifact(number.artifact(ONE)))
 
 
 def test_no_secret_is_in_an_artifact(artifact_root: Path, bucket: str) -> None:

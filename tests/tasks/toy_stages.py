@@ -228,6 +228,19 @@ def march_apart(num_steps: int) -> int:
     return each("march", march_to, [(num_steps,)])[0]
 
 
+@flow(persist_result=False)
+def march_below(num_steps: int) -> int:
+    """As a form does it in the process of a Prefect worker: the run that is cancelled is not the one that has the cluster."""
+    log(f"outer flow run {flow_run.id}")
+    os.environ["PREFECT__FLOW_RUN_ID"] = str(flow_run.id)
+    return int(with_engine(march_apart)(num_steps))
+
+
+def run_below(address: str, num_steps: int) -> None:
+    os.environ["CPDIFF_DASK"] = address
+    march_below(num_steps)
+
+
 def double_of(artifact: Artifact) -> Artifact:
     return double(artifact)
 
@@ -257,6 +270,11 @@ def run_on(address: str, name: str, *arguments: Any) -> None:
         log(f"returned {json.dumps(with_engine(globals()[name])(*arguments))}")
     except UserError as error:
         log(f"error: {error}")
+
+
+def run_on_with(environment: dict[str, str], address: str, name: str, *arguments: Any) -> None:
+    os.environ.update(environment)
+    run_on(address, name, *arguments)
 
 
 def run_on_nobody(address: str) -> None:
