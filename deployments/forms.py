@@ -20,7 +20,7 @@ from cpdiff_core.delivery import AdapterRequest
 from cpdiff_core.experiments import EXPERIMENTS, BaseName, ExperimentConfig, TableName, experiment
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
 from deployments import confinement
-from deployments.faults import form, show_one_line
+from deployments.faults import form, in_words_of_the_form, show_one_line
 from deployments.rerun import benchmark_verdict, compare, ended, fresh_roots, on_root, previous_root
 from flows.benchmark import run_benchmarks
 from flows.generate import generate_adapters
@@ -206,10 +206,10 @@ def generate_adapters_form(
 
     Args:
         generator: The generator of an experiment (if that has not been run on this root, it is computed first: minutes for
-            quickstart, a GPU and data for the others); or builtin/<name>, or a folder below <root>/generators.
+            quickstart, a GPU and data for the others); or builtin/NAME, or a folder below generators in the root.
         request: The task, by name or in words, and how many candidates. Files lie below the worker's CPDIFF_DATA_DIR.
-        name: The folder below <root>/adapters that the adapters are written to, new or empty. Left empty, it is named
-            after the generator and the time.
+        name: The folder below adapters in the root that the adapters are written to, new or empty. Without a name it is
+            called after the generator and the time.
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads; None is torch's choice.
     """
@@ -225,7 +225,7 @@ def generate_adapters_form(
         confinement.check_model("request.base", request.base)
     runtime = confinement.runtime(device, num_threads)
     lines = generate_adapters.fn(source, request.model_copy(update=files), str(out), runtime)
-    return Completed(message="\n".join(lines)[:2000])
+    return Completed(message=in_words_of_the_form("\n".join(lines))[:2000])
 
 
 @flow(name="compare-reruns", flow_run_name=_comparison_run, **FLOW_OPTIONS)
