@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import Browser
 
 from tasks.environment import DEFAULTS
 
@@ -33,3 +34,14 @@ def artifact_root(tmp_path: Path, prefect_server: str) -> Iterator[Path]:
     path = tmp_path / "root"
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path}):
         yield path
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium. Its console is empty at the end, and it has asked for nothing but files."""
+    found = Browser(tmp_path_factory.mktemp("chromium"))
+    yield found
+    complaints, requests = found.complaints(), found.requests()
+    found.driver.quit()
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("file:///")] == []

@@ -12,6 +12,7 @@ from cpdiff_core.evaluation.bootstrap import Interval, ResampledScore, average_o
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.generator.probing import Trajectory
 from cpdiff_core.reports.audit_section import TaskAudit
+from cpdiff_core.reports.cost import Spending
 from cpdiff_core.reports.inputs import ReportInputs, artifacts_in
 
 FACTS_FILE = "facts.json"
@@ -74,6 +75,7 @@ class Facts(Config):
     separation_generated: tuple[float, ...]
     trajectories: tuple[Trajectory, ...]
     cost: dict[str, StageCost]
+    spending: tuple[Spending, ...] = ()
 
 
 def collect_facts(inputs: ReportInputs, audits: dict[str, TaskAudit], root: Path) -> Facts:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from cpdiff_core.artifacts import provenance_of, read_json, write_json
+from cpdiff_core.artifacts import Artifact, read_json, write_json
 from cpdiff_core.evaluation.arms import MEANING
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.experiment_config import ExperimentConfig
+from cpdiff_core.generator.probing import Trajectory
 from cpdiff_core.paper import paper_scores
-from cpdiff_core.reports.audit_section import audit_tasks, effect_line
+from cpdiff_core.reports.audit_section import TaskAudit, audit_tasks, effect_line
+from cpdiff_core.reports.cost import CostReport, cost_report
+from cpdiff_core.reports.explorer import Reading, explorer
 from cpdiff_core.reports.facts import FACTS_FILE, collect_facts
 from cpdiff_core.reports.figures import draw_figures
+from cpdiff_core.reports.html import Pictures, render
 from cpdiff_core.reports.inputs import ReportInputs, artifacts_in
 from cpdiff_core.reports.tables import (
     AVERAGE,
@@ -29,48 +31,126 @@ from cpdiff_core.reports.tables import (
     save_results,
     text_table,
 )
+from cpdiff_core.reports.vector_figures import draw_vectors
+from cpdiff_core.reports.vectors import TaskVectors, candidates_frame, collect_vectors
 
 
 def write_report(out: Path, config: ExperimentConfig, inputs: ReportInputs, root: Path) -> None:
-    """Write report.html, results.csv, differences.csv, scores.*, summary.txt and the figures into `out`."""
+    """Write report.html, results.csv, candidates.csv, differences.csv, scores.*, summary.txt and the figures into `out`."""
     results = collect(inputs, root)
     audits = audit_tasks(inputs, results, root)
     save_results(out, results)
-    facts = collect_facts(inputs, audits, root)
+    cost = experiment_cost(inputs, root)
+    facts = collect_facts(inputs, audits, root).model_copy(update={"spending": cost.lines})
     write_json(out / FACTS_FILE, facts.model_dump(mode="json"))
     results_frame(results).to_csv(out / "results.csv", index=False)
     metrics_frame(inputs, root).to_csv(out / "metrics.csv", index=False)
     differences = differences_frame(results)
     differences.to_csv(out / "differences.csv", index=False)
-    figures = draw_figures(out, inputs, results, audits, root)
+    vectors = collect_vectors(config, inputs, root)
+    candidates_frame(vectors.values()).to_csv(out / "candidates.csv", index=False, float_format="%.6g")
+    quality = read_json(inputs.seeds[0].generator.autoencoder.under(root), "quality.json")
+    notes, warning, first_line = reading_notes(config, inputs), autoencoder_warning(quality), headline(results)
+    summary = [*([warning, ""] if warning else []), text_table(results), "", first_line, ""]
+    summary += [audit.verdict.text for audit in audits.values()] + ([""] if audits else []) + [f"- {n}" for n in notes]
+    (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+    page = report_page(out, config, inputs, results, differences.to_dict("records"), vectors, audits, cost, root)
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def report_page(
+    out: Path, config: ExperimentConfig, inputs: ReportInputs, results: Results, differences: list[dict[Any, Any]],
+    vectors: dict[str, TaskVectors], audits: dict[str, TaskAudit], cost: CostReport, root: Path,
+) -> str:  # fmt: skip
+    """The page; its figures are written into `out` on the way."""
+    figures, pictures = draw_figures(out, inputs, results, audits, root), Pictures(out)
+    explored = explorer(list(vectors.values()), reading(config, vectors))
+    fallback = {} if explored is None else {name: pictures.source(f"{name}.png") for name in draw_vectors(out, explored)}
+    trajectories = trajectory_data(inputs, audits, root)
     geometries = [
         Geometry.model_validate(read_json(seed.geometry.under(root), "geometry.json"))
         for seed in inputs.seeds
         if seed.geometry is not None
     ]
     quality = read_json(inputs.seeds[0].generator.autoencoder.under(root), "quality.json")
-    notes, warning, first_line = reading_notes(config, inputs), autoencoder_warning(quality), headline(results)
-    summary = [*([warning, ""] if warning else []), text_table(results), "", first_line, ""]
-    summary += [audit.verdict.text for audit in audits.values()] + ([""] if audits else []) + [f"- {n}" for n in notes]
-    (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
-    stages = cost_rows(inputs, root)
-    environment = Environment(
-        loader=PackageLoader("cpdiff_core.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
-        config=config, warning=warning, headline=first_line, notes=notes, arms=list(results[AVERAGE]), results=results,
-        metric_of=metric_of, differences=differences.to_dict("records"), average=AVERAGE, quality=quality, stages=stages,
-        seconds=sum(stage["seconds"] for stage in stages), meaning=MEANING, audits=audits, effect_line=effect_line,
-        geometries=geometries, paper=paper_scores(config.paper) if config.paper else {}, provenance=stages[0] if stages else {},
-        figures=[(embedded(out / f"{name}.png"), caption) for name, caption in figures],
+    return render(
+        "report.html.j2", {"explore": explored and explored.data(), "trajectory": trajectories},
+        config=config, warning=autoencoder_warning(quality), headline=headline(results), notes=reading_notes(config, inputs),
+        arms=list(results[AVERAGE]), tasks=[task for task in results if task != AVERAGE], results=results, metric_of=metric_of,
+        spans=column_spans(results), differences=differences, average=AVERAGE, quality=quality, meaning=MEANING,
+        audits=audits, effect_line=effect_line, geometries=geometries,
+        paper=paper_scores(config.paper) if config.paper else {}, explorer=explored,
+        fallback={"vectors": "", "map": ""} | fallback, trajectory=trajectories, cost=cost,
+        figures=[(pictures.source(f"{name}.png"), caption) for name, caption in figures],
         configuration=json.dumps(config.model_dump(mode="json"), indent=1),
     )  # fmt: skip
-    (out / "report.html").write_text(page, encoding="utf-8")
 
 
-def embedded(path: Path) -> str:
-    """A PNG as a data URI, so that the page is one file."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def column_spans(results: Results) -> dict[str, tuple[float, float]]:
+    """task -> (lowest, highest) bound of any arm: the scale of its column's bars."""
+    intervals = {task: [score.interval for score in row.values()] for task, row in results.items()}
+    return {task: (min(one.low for one in found), max(one.high for one in found)) for task, found in intervals.items()}
+
+
+def reading(config: ExperimentConfig, vectors: dict[str, TaskVectors]) -> Reading:
+    """How the page calls the scores and distances of single vectors."""
+    single = all(len(one.units) > 0 for one in vectors.values()) and config.num_checkpoints * config.num_runs == 1
+    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+    return Reading(
+        splits={"selection": "selection examples", "report": "validation examples"},
+        columns={"selection": "selection score", "report": "validation score"},
+        decimals={"selection": 1, "report": 1},
+        xlabel=f"distance to the nearest training vector on \u0394W (1: {unit})", distance_name="to the nearest, on \u0394W",
+        note="Scores are points of a single vector, without interval; the selection score is what chooses. "
+        f"Novelty is the distance over {unit}; at 1 or below "
+        "a candidate counts as a copy. Disagreement: share of examples on which it predicts otherwise than another "
+        "candidate, mean over the others"
+        + (" (regression: by more than 0.5)." if any(task.labels is None for task in config.tasks) else "."),
+    )  # fmt: skip
+
+
+def trajectory_data(inputs: ReportInputs, audits: dict[str, TaskAudit], root: Path) -> dict[str, Any]:
+    """task -> the first seed's samples at every step; empty if they were not followed."""
+    first = inputs.seeds[0]
+    if first.trajectory is None:
+        return {}
+    found = Trajectory.model_validate(read_json(first.trajectory.under(root), "trajectory.json"))
+    return {
+        task: {
+            "steps": found.steps, "reference": audits[task].audits[0].novelty.factors.training_median,
+            "lines": {"decoded x_t": found.distance[task], "predicted weights": found.predicted[task]},
+        }
+        for task in found.distance
+    }  # fmt: skip
+
+
+def experiment_cost(inputs: ReportInputs, root: Path) -> CostReport:
+    """Against fine-tuning one adapter for each task: a run of each, with its head. Of the first seed."""
+    first = inputs.seeds[0]
+    runs = [entry.runs[0] for entry in first.zoo.tasks]
+    candidates = [artifact for entry in first.arms for artifact in entry.used if artifact.stage in _CANDIDATES]
+    chose = [artifact for entry in first.arms for artifact in _chose(entry.used, candidates, root)]
+    several = ", one seed" if len(inputs.seeds) > 1 else ""
+    return cost_report(
+        artifacts_in(inputs), runs, [*candidates, *chose],
+        (f"simply fine-tuning: one adapter for each task{several}", f"generating: a chosen candidate for each task{several}"),
+        root,
+    )  # fmt: skip
+
+
+_CANDIDATES = ("generate_candidates", "fill_blocks")
+
+
+def _chose(used: Iterable[Artifact], candidates: list[Artifact], root: Path) -> list[Artifact]:
+    """The selection scores of the candidates."""
+    scores = [artifact for artifact in used if artifact.stage == "score_selection"]
+    return [artifact for artifact in scores if set(named_sources(artifact, root)) & set(candidates)]
+
+
+def named_sources(scores: Artifact, root: Path) -> list[Artifact]:
+    """The artifacts whose vectors were scored."""
+    sources = read_json(scores.under(root), "config.json")["inputs"]["vectors"]["sources"]
+    return [Artifact(**source) for source in sources]
 
 
 def headline(results: Results) -> str:
@@ -139,9 +219,3 @@ def reading_notes(config: ExperimentConfig, inputs: ReportInputs) -> list[str]:
     if any(entry.task.name == "qnli" for entry in entries):
         notes.append("QNLI: if trained on a subset of its training split (12,096 rows), it does not compare with the paper's.")
     return notes + [f"This preset's economy: {text}." for text in config.economies]
-
-
-def cost_rows(inputs: ReportInputs, root: Path) -> list[dict[str, Any]]:
-    """Where and in how many seconds each artifact behind the report was computed, from its provenance."""
-    found = provenance_of(artifacts_in(inputs), root)
-    return [{"stage": artifact.stage, "fingerprint": artifact.fingerprint} | made for artifact, made in found.items()]

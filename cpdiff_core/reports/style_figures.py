@@ -13,37 +13,29 @@ from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FI
 from cpdiff_core.reports.figures import COLOURS, MARKERS
 
 SHEET_COLUMNS = 10
+SHEET_GAP = 2
+"""Pixels between the images of a sheet."""
 
 
 def draw_style_figures(
     out: Path, interpolation: Artifact, trajectories: dict[str, Artifact], distance_name: str, root: Path
-) -> list[tuple[str, str]]:
-    """Write every figure into `out`. Returns (file name without ending, caption) of each."""
+) -> None:
+    """Write `interpolation`, `trajectory` and the sheets `sheet_interpolation_<kind>` into `out`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     found = read_json(interpolation.under(root), INTERPOLATION_FILE)
-    drawn = [
-        ("interpolation", _interpolation(found, distance_name), "Distance of interpolated styles to the real images of "
-         "both, lambda from the first style to the second; prompts and noise fixed. Left: of the weights, right: of the "
-         "condition."),
-        ("trajectory", _trajectories({s: read_tensors(a.under(root), TRAJECTORY_FILE) for s, a in trajectories.items()}),
-         "Above: t-SNE of five sampling trajectories (lines, ending in a dot) with the originals (grey) and their soup "
-         "(cross). Below: raw distance of each decoded x_t to the nearest original."),
-    ]  # fmt: skip
-    for name, figure, _ in drawn:
+    paths = {style: read_tensors(artifact.under(root), TRAJECTORY_FILE) for style, artifact in trajectories.items()}
+    for name, figure in (("interpolation", _interpolation(found, distance_name)), ("trajectory", _trajectories(paths))):
         figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=130)
         figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close("all")
-    images = read_tensors(interpolation.under(root), "images.safetensors")
-    for kind, images_LNCHW in images.items():
-        name = f"sheet_interpolation_{kind}"
+    for kind, images_LNCHW in read_tensors(interpolation.under(root), "images.safetensors").items():
         rows = [row[:SHEET_COLUMNS] for row in images_LNCHW]
-        (out / f"{name}.png").write_bytes(contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1])))
-        drawn.append((name, None, f"Interpolation of the {kind}: lambda 0, 0.25, 0.5, 0.75, 1 from above."))
-    return [(name, caption) for name, _, caption in drawn]
+        sheet = contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1]), gap=SHEET_GAP)
+        (out / f"sheet_interpolation_{kind}.png").write_bytes(sheet)
 
 
 def _interpolation(found: dict[str, Any], distance_name: str) -> Any:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cpdiff_core.artifacts import Artifact, checked, provenance_of, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
 from cpdiff_core.domains.style.base import StyleBase
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
 from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact, style_oracle
-from cpdiff_core.reports.style_figures import SHEET_COLUMNS, draw_style_figures
+from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FILE
+from cpdiff_core.reports.cost import CostReport, cost_report
+from cpdiff_core.reports.explorer import Reading, explorer
+from cpdiff_core.reports.html import Pictures, render
+from cpdiff_core.reports.inputs import artifacts_in
+from cpdiff_core.reports.style_figures import SHEET_COLUMNS, SHEET_GAP, draw_style_figures
 from cpdiff_core.reports.style_tables import (
     CHOSEN,
     GENERATED,
@@ -36,44 +41,131 @@ from cpdiff_core.reports.style_tables import (
     styles_frame,
     styles_text,
 )
+from cpdiff_core.reports.style_vectors import collect_style_vectors, scored_vectors
+from cpdiff_core.reports.vector_figures import draw_vectors
+from cpdiff_core.reports.vectors import candidates_frame
 from cpdiff_core.style_experiments import StyleExperimentConfig
 
 
 def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs, root: Path) -> None:
-    """Write report.html, results.csv, summary.txt and the sheets as PNG into `out`."""
+    """Write report.html, results.csv, candidates.csv, summary.txt, the sheets and the figures into `out`."""
     classifier = load_classifier(inputs.classifier, root)
     results = collect_styles(inputs.arms, classifier, root)
     frame = styles_frame(results, config.features.distance_name)
     frame.to_csv(out / "results.csv", index=False)
-    quality = base_quality(inputs, classifier, root)
-    notes = style_notes(config, inputs, quality)
+    notes = style_notes(config, inputs, base_quality(inputs, classifier, root))
     summary = [styles_text(frame), "", style_headline(results), "", *(f"- {note}" for note in notes)]
+    unseen = ""
     if inputs.unseen is not None:
-        summary += ["", checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()]
+        unseen = checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()
+        summary += ["", unseen]
     (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+    vectors = collect_style_vectors(inputs.arms, config.features.distance_name, config.select_by, config.seed, root)
+    candidates_frame(vectors).to_csv(out / "candidates.csv", index=False, float_format="%.6g")
+    draw_style_figures(out, inputs.interpolation, inputs.trajectories, config.features.distance_name, root)
+    pictures = Pictures(out)
+    explored = explorer(vectors, style_reading(config))
+    fallback = {} if explored is None else {name: pictures.source(f"{name}.png") for name in draw_vectors(out, explored)}
+    sheets = [Sheet(sheet.title, pictures.source(sheet.source), sheet.labels) for sheet in write_sheets(out, inputs, root)]
+    between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
+    page = render(
+        "style.html.j2", {"explore": explored and explored.data(), "interpolation": between, "trajectory": trajectories},
+        config=config, headline=style_headline(results), notes=notes, unseen=unseen, styles=list(results),
+        rows=frame.to_dict("records"),
+        spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
+        fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
+        between_sheets={kind: pictures.source(f"sheet_interpolation_{kind}.png") for kind in between["distance"]},
+        figures={name: pictures.source(f"{name}.png") for name in ("interpolation", "trajectory")},
+        metric=config.features.distance_name, cost=style_cost(inputs, root),
+        configuration=json.dumps(config.model_dump(mode="json"), indent=1),
+    )  # fmt: skip
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of images. source: the file, or what the page writes as its source."""
+
+    title: str
+    source: str
+    labels: Sequence[str]
+
+
+def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet]:
+    """Contact sheets, as PNG in `out`: of every style its arms and its candidates, and of the base itself."""
     sheets = []
     for entry, style in zip(inputs.arms, inputs.styles, strict=True):
         rows, labels = style_sheet(entry, root)
         real = split_images(style, inputs.splits, "report", inputs.image_size).images_NCHW[:SHEET_COLUMNS]
-        sheets.append((entry.style, _png(out, f"sheet_{entry.style}", [*rows, real]), [*labels, "real, of the report"]))
-    samples, nearest = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
-    sheets.append(("the base itself", _png(out, "sheet_base", [samples, nearest]), ["sample", "nearest training photograph"]))
-    figures = [
-        (_data_url((out / f"{name}.png").read_bytes()), text)
-        for name, text in draw_style_figures(
-            out, inputs.interpolation, inputs.trajectories, config.features.distance_name, root
-        )
-    ]
-    environment = Environment(
-        loader=PackageLoader("cpdiff_core.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("style.html.j2").render(
-        config=config, headline=style_headline(results), notes=notes, rows=frame.to_dict("records"), sheets=sheets,
-        figures=figures,
-        metric=config.features.distance_name, stages=_costs(inputs, root),
-        configuration=json.dumps(config.model_dump(mode="json"), indent=1),
+        name = _sheet(out, f"sheet_{entry.style}", [*rows, real])
+        sheets.append(Sheet(entry.style, name, [*labels, "real, of the report"]))
+        candidates = read_tensors(entry.generated.under(root), SAMPLE_FILE)["images_VNCHW"][:, :SHEET_COLUMNS]
+        name = _sheet(out, f"sheet_{entry.style}_candidates", list(candidates))
+        sheets.append(Sheet(f"{entry.style}, every candidate", name, [f"candidate {row}" for row in range(len(candidates))]))
+    base = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
+    sheets.append(Sheet("the base itself", _sheet(out, "sheet_base", list(base)), ["sample", "nearest training photograph"]))
+    return sheets
+
+
+def style_reading(config: StyleExperimentConfig) -> Reading:
+    """How the page calls the scores and distances of single vectors."""
+    chosen = {"kid": "KID", "frechet": "Fr\u00e9chet distance"}[config.select_by]
+    name = config.features.distance_name
+    return Reading(
+        splits={"report": "images of the report", "selection": "images to choose by"},
+        columns={"report": "distance of images", "selection": f"{chosen} that chooses"},
+        decimals={"report": 1, "selection": 3},
+        ylabels={
+            "report": f"{name}, images of the report; lower is better",
+            "selection": f"{chosen}, images to choose by; lower is better",
+        },
+        xlabel="distance to the nearest training vector, raw factors (1: the training vectors' own median distance)",
+        distance_name="of weights to the nearest, raw factors", good="low",
+        note="Lower scores are better here. Novelty is the distance of the weights over the training vectors' own median "
+        "distance to each other; at 1 or below a candidate is as near as they are. Images have no labels to disagree on.",
     )  # fmt: skip
-    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def interpolation_data(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
+    """What the slider between the first and the last style shows."""
+    found = read_json(inputs.interpolation.under(root), INTERPOLATION_FILE)
+    return {
+        "lambdas": found["lambdas"], "distance": found["distance"], "gap": SHEET_GAP,
+        "styles": list(next(iter(found["distance"].values()))),
+    }  # fmt: skip
+
+
+def trajectory_planes(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
+    """style -> where the followed samples are at every step, and how far from the originals."""
+    planes = {}
+    for style, artifact in inputs.trajectories.items():
+        found = read_tensors(artifact.under(root), TRAJECTORY_FILE)
+        distance = {f"noise {i}": [float(f"{d:.6g}") for d in row] for i, row in enumerate(found["distance"].tolist())}
+        planes[style] = {"steps": found["t"].tolist(), "reference": None, "lines": distance}
+        for name in ("paths", "originals", "soup"):
+            planes[style][name] = found[name].double().mul(1000).round().div(1000).tolist()
+    return planes
+
+
+def style_spans(rows: list[dict[Any, Any]]) -> dict[str, tuple[float, float]]:
+    """style -> (least, largest) difference bound, 0 among them: the scale of its bars."""
+    spans: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        low, high = spans.get(row["style"], (0.0, 0.0))
+        if row["difference"] is not None and row["difference"] == row["difference"]:
+            low, high = min(low, row["difference_low"]), max(high, row["difference_high"])
+        spans[row["style"]] = (low, high)
+    return spans
+
+
+def style_cost(inputs: StyleReportInputs, root: Path) -> CostReport:
+    """Against fine-tuning one adapter for each style; the base's own pretraining is part of both."""
+    runs = [scored_vectors(entry.original, root).sources[0] for entry in inputs.arms]
+    generated = [artifact for entry in inputs.arms for artifact in (entry.candidates, *entry.selection[1:])]
+    return cost_report(
+        artifacts_in(inputs), runs, generated,
+        ("simply fine-tuning: one adapter for each style", "generating: a chosen candidate for each style"), root,
+    )  # fmt: skip
 
 
 def style_headline(results: StyleResults) -> str:
@@ -158,22 +250,7 @@ def write_base_quality(
     (out / "sheet.png").write_bytes(contact_sheet(list(sheet), scale=max(1, 96 // size)))
 
 
-def _png(out: Path, name: str, rows: list[torch.Tensor]) -> str:
-    """Write a sheet and give it as a data URL."""
-    data = contact_sheet(rows, scale=max(1, 64 // rows[0].shape[-1]))
-    (out / f"{name}.png").write_bytes(data)
-    return _data_url(data)
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _costs(inputs: StyleReportInputs, root: Path) -> list[dict[str, Any]]:
-    """Where and in how many seconds each artifact of the report was computed, from its provenance."""
-    artifacts: list[Artifact] = [*([inputs.base.artifact] if inputs.base.artifact else []), *inputs.harvests]
-    artifacts += [inputs.autoencoder, inputs.diffusion, inputs.photo_samples]
-    for entry in inputs.arms:
-        artifacts += [entry.no_lora, entry.original, entry.soup, entry.generated]
-    found = provenance_of(artifacts, root)
-    return [{"stage": artifact.stage, "fingerprint": artifact.fingerprint} | made for artifact, made in found.items()]
+def _sheet(out: Path, name: str, rows: list[torch.Tensor]) -> str:
+    """Write a sheet; the name of its file."""
+    (out / f"{name}.png").write_bytes(contact_sheet(rows, scale=max(1, 64 // rows[0].shape[-1]), gap=SHEET_GAP))
+    return f"{name}.png"

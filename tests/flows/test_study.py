@@ -48,9 +48,10 @@ def test_all_arms_and_the_audit_of_two_seeds_and_two_runs(
         assert len(found.effects) == 4
         assert found.seed_claim in ("holds", "ties", "fails", "unmatched")
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6, "four figures, and two for readers without JavaScript"
     assert 'src="http' not in page, "the page needs no other file"
-    assert {path.name for path in report.glob("*.svg")} == {f"{n}.svg" for n in ("novelty", "similarity", "tsne", "trajectory")}
+    figures = ("novelty", "similarity", "tsne", "trajectory", "vectors", "map")
+    assert {path.stem for path in report.glob("*.svg")} == set(figures)
 
     # The soup's control started at the soup: with two heads and tasks, its two vectors are near their own soup.
     tuned = [path.parent for path in artifact_root.glob("continue_training/*/candidates.safetensors")]
