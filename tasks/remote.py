@@ -20,6 +20,7 @@ from typing import Any
 
 from cpdiff_core.artifacts import Artifact, verify
 from cpdiff_core.config import Config, UserError
+from tasks.environment import nested
 
 VARIABLE = "CPDIFF_REMOTE"
 WINNER = "winner.json"
@@ -74,10 +75,13 @@ _stores: dict[str, Store] = {}
 
 
 def store() -> Store | None:
-    """The store that CPDIFF_REMOTE names at the moment, or None."""
+    """The store that CPDIFF_REMOTE names at the moment, or None. A rerun's root below the root has a place of its own
+    below the store, or else it would fetch what it is to compute again."""
     url = os.environ.get(VARIABLE)
     if not url:
         return None
+    if (below := nested()) != Path():
+        url = f"{url.rstrip('/')}/{below.as_posix()}"
     if url not in _stores:
         with _reported(url):
             _stores[url] = Store(url)

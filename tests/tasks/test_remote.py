@@ -67,6 +67,25 @@ def test_worker_fetches_what_its_stage_is_made_from(artifact_root: Path, bucket:
         assert verify(folder(upstream)) == []
 
 
+def test_rerun_computes_anew_and_has_a_place_of_its_own_in_the_store(
+    artifact_root: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(artifact_root))
+    artifact = number(ONE)
+    rerun = artifact_root / "reruns" / "quickstart" / "1"
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: rerun}):
+        assert number(ONE) == artifact
+        assert logged(rerun) == ["number 1"]
+        store = remote.store()
+        assert store is not None
+        assert store.url == f"{bucket}/reruns/quickstart/1"
+        assert store.winner(artifact) is not None
+    monkeypatch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(tmp_path / "other"))
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "other" / "reruns" / "quickstart" / "1"}):
+        assert number(ONE) == artifact, "another machine of the same rerun"
+        assert logged(tmp_path / "other" / "reruns" / "quickstart" / "1") == []
+
+
 def test_who_loses_the_race_takes_the_winners_bytes(artifact_root: Path, bucket: str, tmp_path: Path) -> None:
     artifact = number(ONE)
     store = remote.store()
