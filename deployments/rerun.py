@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from prefect import Flow
+from prefect import Flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Completed
@@ -151,7 +151,7 @@ def benchmark_verdict(folder: Path) -> Verdict:
 
 
 def ended(name: str, verdict: Verdict, result: str) -> Any:
-    """The state a rerun ends with, and an artifact that says why."""
+    """The state a rerun ends with, and an artifact that says why. For use inside a flow."""
     number = f"{len(verdict.warnings)} warning{'s' if len(verdict.warnings) > 1 else ''}"
     lines = [
         f"# {name}: compared with the last time",
@@ -166,6 +166,8 @@ def ended(name: str, verdict: Verdict, result: str) -> Any:
     ]
     key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     create_markdown_artifact(key=f"{key}-comparison", markdown="\n".join(lines))
+    for line in verdict.warnings:  # the pages show any completed state in green, a warning in the log in yellow
+        get_run_logger().warning(line)
     if verdict.warnings:
         return Completed(name="Warning", message=f"{number}; first: {verdict.warnings[0]}")
     return Completed(message=f"{verdict.same}; {result}")

@@ -49,7 +49,7 @@ def reproduce_table(
 
 
 def on_excerpt(row: ExperimentConfig) -> ExperimentConfig:
-    """What distinguishes a row of a table, on the quickstart's tasks and smaller than that: about half a minute on a CPU.
+    """What distinguishes a row of a table, on the quickstart's tasks and smaller than that: about a minute on a CPU.
 
     It shows what the table will look like; the paper's numbers are left out, for nothing here compares with them.
     """
