@@ -21,7 +21,8 @@ class Browser:
         driver = shutil.which("chromedriver")
         if program is None or driver is None:
             pytest.skip("no chromium with chromedriver on this machine: the pages were not clicked")
-        webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: the pages were not clicked")
+        from selenium import webdriver
+
         options = webdriver.ChromeOptions()
         options.binary_location = program
         for argument in (

@@ -93,7 +93,7 @@ def _panels(names: list[str], width: float = 3.3, height: float = 2.7) -> tuple[
 
 def _shared_legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=min(4, len(labels)), bbox_to_anchor=(0.5, -0.1), fontsize=8)
+    figure.legend(handles, labels, loc="upper center", ncol=min(4, len(labels)), bbox_to_anchor=(0.5, 0.0), fontsize=8)
 
 
 def _novelty(audits: dict[str, TaskAudit], results: Results) -> Any:
@@ -114,7 +114,7 @@ def _novelty(audits: dict[str, TaskAudit], results: Results) -> Any:
         axis.axvline(1.0, color="0.6", linewidth=0.8, linestyle=":")
         axis.set_xscale("symlog", linthresh=1.0)  # a soup can lie at 0, a generated set far beyond 1
         axis.set_xlim(-0.1, 2.0 * max(1.0, *places))
-        axis.set_xlabel("distance to training (1: typical of training)")
+        axis.set_xlabel("distance / typical of training")
         axis.set_ylabel(_short(metric_of(results[task]["generated (mean)"])))
     _shared_legend(figure, axes[0])
     return figure
