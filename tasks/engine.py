@@ -8,6 +8,7 @@ same flow computes in its own process: `each` is the one place where the two way
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -50,10 +51,12 @@ def with_engine(flow: Any, default: str | None = None) -> Any:
         from prefect_dask import DaskTaskRunner
     except ImportError as error:
         raise UserError(f"{VARIABLE} {value!r}: needs another package; pip install 'cpdiff[dask]'") from error
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # it tells of every connection
     if value.startswith("local:"):
         if not (number := value.removeprefix("local:")).isdigit() or int(number) < 1:
             raise UserError(f"{VARIABLE} {value!r}: must be local:<number of processes> or a scheduler's address")
         # Loopback only: an engine's messages are pickles, for the user's own processes.
+        os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # for the processes, which write to our stderr
         cluster = {"n_workers": int(number), "threads_per_worker": 1, "resources": {RESOURCE: 1}, "host": "127.0.0.1"}
         return flow.with_options(task_runner=DaskTaskRunner(cluster_kwargs={**cluster, "dashboard_address": None}))
     return flow.with_options(task_runner=DaskTaskRunner(address=value))
