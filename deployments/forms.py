@@ -10,6 +10,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
@@ -225,7 +226,9 @@ def generate_adapters_form(
         confinement.check_model("request.base", request.base)
     runtime = confinement.runtime(device, num_threads)
     lines = generate_adapters.fn(source, request.model_copy(update=files), str(out), runtime)
-    return Completed(message=in_words_of_the_form("\n".join(lines))[:2000])
+    said = [in_words_of_the_form(line) for line in lines]
+    create_markdown_artifact(key="adapters", markdown="\n".join(f"- {line}" for line in said), description=name)
+    return Completed(message="; ".join(said)[:2000])
 
 
 @flow(name="compare-reruns", flow_run_name=_comparison_run, **FLOW_OPTIONS)

@@ -24,7 +24,7 @@ def table_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def publish(name: str, report: Path) -> None:
     """Publish results.csv as a table and summary.txt with the figures as markdown, from the report's folder."""
     key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    frame = pd.read_csv(checked(report, "results.csv"))
+    frame = pd.read_csv(checked(report, "results.csv")).round(2)
     create_table_artifact(
         key=f"{key}-results", table=table_rows(frame), description=f"Results of {name}"
     )
