@@ -106,7 +106,7 @@ def run_experiment_form(
 
     Args:
         experiment: Choose one by name, or fill in a configuration of your own. `cpdiff list` says what each is for; all
-            but quickstart and style-quickstart need data in the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
+            but quickstart and quickstart-style need data in the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads; None is torch's choice.
     """
