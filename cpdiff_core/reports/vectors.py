@@ -244,7 +244,10 @@ def embed_task(
     w_NK: torch.Tensor, rows: Sequence[int], w_MK: torch.Tensor, seed: int
 ) -> tuple[Places, Places, tuple[float, float]]:
     """t-SNE of at most 99 training vectors, `rows` of w_NK, of all candidates and of the soup of w_NK: places of each."""
-    plane = embed({"": torch.cat([w_NK[list(rows)], soup(w_NK)])}, {"": w_MK}, seed)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # more are no faster for so few points, and wait for each other on a busy machine
+        plane = embed({"": torch.cat([w_NK[list(rows)], soup(w_NK)])}, {"": w_MK}, seed)
 
     def places(x: ArrayLike) -> Places:
         return [(round(float(a), 3), round(float(b), 3)) for a, b in np.asarray(x)]
