@@ -60,7 +60,7 @@ def generator(parent: Path, name: str, experiments: Collection[str]) -> str:
     if not folder.is_dir():
         raise UserError(
             f"generator {name!r}: is no experiment whose generator can be taken and no folder below {str(parent)!r}; "
-            "choose an experiment, builtin/<name>, or put a generator there with `cpdiff export-generator`"
+            "choose an experiment, builtin/NAME, or put a generator there with `cpdiff export-generator`"
         )
     return str(folder)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar, get_type_hints
 
+from prefect.exceptions import ParameterTypeError
+
 from cpdiff_core.config import UserError
 
 P = ParamSpec("P")
@@ -49,7 +51,7 @@ class _OneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | ParameterTypeError):
             record.msg, record.args, record.exc_info = in_words_of_the_form(str(error)), (), None
         return True
 

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from cpdiff_core.benchmarks import ALL_PARTS, Part
 from cpdiff_core.config import UserError
@@ -24,6 +24,7 @@ from deployments import confinement
 from deployments.faults import form, in_words_of_the_form, show_one_line
 from deployments.rerun import benchmark_verdict, compare, ended, fresh_roots, on_root, previous_root
 from flows.benchmark import run_benchmarks
+from flows.cli import first_fault
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment
@@ -31,9 +32,24 @@ from flows.tables import Data, reproduce_table
 from tasks.engine import with_engine
 from tasks.stage import root
 
+
+def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Of a wrong configuration its first fault, where pydantic would list every experiment's name before it."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is no experiment; `cpdiff list` prints their names") from error
+    try:
+        return ExperimentConfig.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(first_fault("configuration", error)) from error
+
+
 # Titles are what the form writes on the tabs between alternatives.
 Named = Annotated[Literal[(*EXPERIMENTS, *STYLE_EXPERIMENTS)], Field(title="by name")]  # type: ignore[valid-type]
 OfOnesOwn = Annotated[ExperimentConfig, Field(title="a configuration of one's own")]
+Chosen = Annotated[Named | OfOnesOwn, WrapValidator(_told_shortly)]
 OtherName = Annotated[str, Field(title="another name", min_length=1)]
 GENERATING = tuple(name for name, item in EXPERIMENTS.items() if item.blocks is None)
 OfExperiment = Annotated[Literal[GENERATING], Field(title="of an experiment")]  # type: ignore[valid-type]
@@ -96,7 +112,7 @@ def _generation_run() -> str:
 @flow(name="run-experiment", flow_run_name=_experiment_run, **FLOW_OPTIONS)
 @form
 def run_experiment_form(
-    experiment: Named | OfOnesOwn = "quickstart",
+    experiment: Chosen = "quickstart",
     device: Device = "auto",
     num_threads: Threads = None,
 ) -> str:
@@ -142,7 +158,7 @@ def reproduce_table_form(
 @flow(name="rerun-experiment", flow_run_name=_rerun, **FLOW_OPTIONS)
 @form
 def rerun_experiment_form(
-    experiment: Named | OfOnesOwn = "quickstart",
+    experiment: Chosen = "quickstart",
     keep: Annotated[int, Field(ge=1, le=100)] = 2,
     device: Device = "auto",
     num_threads: Threads = None,

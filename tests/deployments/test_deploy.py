@@ -10,7 +10,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import get_parameter_defaults
 
-from cpdiff_core.experiments import EXPERIMENTS
+from cpdiff_core.experiments import EXPERIMENTS, QUICKSTART
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 from deployments import forms
 from deployments.deploy import DEPLOYMENTS, Deployment, deploy
@@ -79,6 +79,21 @@ def test_a_run_accepts_the_defaults_of_its_form_and_refuses_what_is_none(item: D
     wrong = {name: ["wrong"] for name in ("experiment", "table", "parts", "generator") if name in flow.parameters.properties}
     with pytest.raises(ParameterTypeError):
         flow.validate_parameters(get_parameter_defaults(flow.fn) | wrong)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (QUICKSTART.model_dump(mode="json") | {"num_checkpoints": 900}, "num_checkpoints 900 is more than"),
+        ({"tasks": "none"}, "configuration: tasks (value 'none')"),
+        ("quickstrat", "'quickstrat' is no experiment"),
+    ],
+)
+def test_wrong_experiment_is_told_in_one_line(experiment: Any, message: str) -> None:
+    with pytest.raises(ParameterTypeError) as caught:
+        forms.run_experiment_form.validate_parameters({"experiment": experiment, "device": "auto", "num_threads": None})
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: list[str]) -> None:
