@@ -139,8 +139,9 @@ def _results(name: str, futures: Sequence[Any], client: Any) -> list[Any]:
                 asked = time.monotonic()
                 seen = asked if _num_workers(client) else seen
         except (distributed.KilledWorker, distributed.CancelledError, OSError) as error:
-            reason = "a call killed one worker after another" if isinstance(error, distributed.KilledWorker) else error
-            raise UserError(f"{VARIABLE}: {name}: {reason or 'the scheduler is gone'}; {_GO_ON}") from error
+            killed = isinstance(error, distributed.KilledWorker)
+            reason = "a call killed one worker after another" if killed else "the connection to the scheduler is lost"
+            raise UserError(f"{VARIABLE}: {name}: {reason}; {_GO_ON}") from error
         if asked - seen > PATIENCE_SECONDS:
             raise UserError(f"{VARIABLE}: {name}: no worker has been there for {PATIENCE_SECONDS:.0f} s; {_GO_ON}")
     return [results[i] for i in range(len(futures))]
