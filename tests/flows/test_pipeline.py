@@ -147,7 +147,7 @@ def test_two_roots_hold_bit_identical_tensors_configs_and_scores(
         for file in json.loads((folder / MANIFEST).read_text()):
             if file == "facts.json":  # the report's copy of provenance: commit and cost may differ, the findings may not
                 mine, theirs = (json.loads((path / file).read_text()) for path in (folder, second / name))
-                assert all(values.pop("cost") for values in (mine, theirs))
+                assert all(values.pop(part) for values in (mine, theirs) for part in ("cost", "spending"))
                 assert mine == theirs, f"{name}/{file}"
             elif file.endswith((".safetensors", ".json", ".csv")):
                 assert (folder / file).read_bytes() == (second / name / file).read_bytes(), f"{name}/{file}"
