@@ -73,14 +73,14 @@ def checked(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = manifest[name]["sha256"]
+        expected = manifest[name]["sha256"], manifest[name]["bytes"]
     except FileNotFoundError as error:
         raise UserError(f"artifact {str(folder)!r}: {MANIFEST} is missing; {remedy}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"artifact {str(folder)!r}: {MANIFEST} is damaged or lacks {name!r}; {remedy}") from error
     if not path.is_file():
         raise UserError(f"artifact file {str(path)!r}: is missing; {remedy}")
-    if sha256_of(path) != expected:
+    if (sha256_of(path), path.stat().st_size) != expected:
         raise UserError(f"artifact file {str(path)!r}: is truncated or altered; {remedy}")
     return path
 
