@@ -1,8 +1,4 @@
-"""The figures of Sec. 4.4 and score against novelty (METHOD.md section 4), as PNG and SVG.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart; every series has a marker or a line style of its
-own too, so that the figures survive a black-and-white printer.
-"""
+"""The figures of Sec. 4.4 and score against novelty (METHOD.md section 4), as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -20,12 +16,9 @@ from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
 from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES
 from cpdiff_core.generator.probing import Trajectory
 from cpdiff_core.reports.audit_section import TaskAudit
+from cpdiff_core.reports.drawing import COLOURS, LINES, MARKERS, drawing, save_figure
 from cpdiff_core.reports.inputs import ReportInputs
 from cpdiff_core.reports.tables import Results, metric_of
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
 def draw_figures(
@@ -34,15 +27,17 @@ def draw_figures(
     """Write every figure that the experiment has data for. Returns (file name without ending, caption) of each."""
     if not audits:
         return []
-    import matplotlib
+    with drawing():
+        drawn = drawn_figures(inputs, results, audits, root)
+        for name, figure, _ in drawn:
+            save_figure(figure, out, name)
+    return [(name, caption) for name, _, caption in drawn]
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {
-            "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-            "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "cpdiff", "figure.dpi": 100, "savefig.dpi": 130,
-        }
-    )  # fmt: skip
+
+def drawn_figures(
+    inputs: ReportInputs, results: Results, audits: dict[str, TaskAudit], root: Path
+) -> list[tuple[str, Any, str]]:
+    """(file name without ending, figure, caption) of each."""
     drawn = [
         ("novelty", _novelty(audits, results), "Score against novelty: mean score of 20 vectors with its 95 % interval, over "
          "their median distance to the nearest training vector on dW, in units of the training vectors' own median distance "
@@ -66,13 +61,7 @@ def draw_figures(
              "factors) of the decoded x_t to the nearest training vector, t from 1000 to 0. Dotted: the training vectors' "
              "own median distance to each other.")
         )  # fmt: skip
-    for name, figure, _ in drawn:
-        figure.savefig(out / f"{name}.png", bbox_inches="tight")
-        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
-    return [(name, caption) for name, _, caption in drawn]
+    return drawn
 
 
 def _panels(names: list[str], width: float = 3.3, height: float = 2.7) -> tuple[Any, list[Any]]:
@@ -207,7 +196,7 @@ def _trajectory(found: Trajectory, nearest: dict[str, float | None]) -> Any:
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for i, (task, distances) in enumerate(found.distance.items()):
         colour = COLOURS[i % 7]
-        axis.plot(found.steps, distances, color=colour, linestyle=_STYLES[i % 6], label=task)
+        axis.plot(found.steps, distances, color=colour, linestyle=LINES[i % 6], label=task)
         if (own := nearest.get(task)) is not None:
             axis.axhline(own, color=colour, linewidth=0.7, linestyle=":")
     axis.set_yscale("log")

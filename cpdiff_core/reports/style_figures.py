@@ -10,7 +10,7 @@ import torch
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors
 from cpdiff_core.domains.style.images import contact_sheet
 from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FILE
-from cpdiff_core.reports.figures import COLOURS, MARKERS
+from cpdiff_core.reports.drawing import COLOURS, MARKERS, drawing, save_figure
 
 SHEET_COLUMNS = 10
 SHEET_GAP = 2
@@ -21,17 +21,11 @@ def draw_style_figures(
     out: Path, interpolation: Artifact, trajectories: dict[str, Artifact], distance_name: str, root: Path
 ) -> None:
     """Write `interpolation`, `trajectory` and the sheets `sheet_interpolation_<kind>` into `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = read_json(interpolation.under(root), INTERPOLATION_FILE)
     paths = {style: read_tensors(artifact.under(root), TRAJECTORY_FILE) for style, artifact in trajectories.items()}
-    for name, figure in (("interpolation", _interpolation(found, distance_name)), ("trajectory", _trajectories(paths))):
-        figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=130)
-        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close("all")
+    with drawing():
+        save_figure(_interpolation(found, distance_name), out, "interpolation")
+        save_figure(_trajectories(paths), out, "trajectory")
     for kind, images_LNCHW in read_tensors(interpolation.under(root), "images.safetensors").items():
         rows = [row[:SHEET_COLUMNS] for row in images_LNCHW]
         sheet = contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1]), gap=SHEET_GAP)

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cpdiff_core.reports.drawing import COLOURS, drawing, save_figure
 from cpdiff_core.reports.explorer import Explorer
-from cpdiff_core.reports.figures import COLOURS
 
 _MARKERS = {
     "star": "*", "circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v", "hexagon": "h", "plus": "+",
@@ -19,23 +19,16 @@ _COLOURS = (COLOURS[0], "0.45", "0.1", COLOURS[1], COLOURS[2], COLOURS[3], COLOU
 
 def draw_vectors(out: Path, explorer: Explorer) -> list[str]:
     """Write `vectors` and, if there is one, `map` into `out`; the names of those written, without ending."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    written = []
-    for name, wanted in (("vectors", True), ("map", explorer.has_map)):
-        if wanted:
-            figure = _draw(plt, explorer, name == "map")
-            figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=110)
-            figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-            plt.close(figure)
-            written.append(name)
+    written = ["vectors", *(["map"] if explorer.has_map else [])]
+    with drawing():
+        for name in written:
+            save_figure(_draw(explorer, name == "map"), out, name)
     return written
 
 
-def _draw(plt: Any, explorer: Explorer, of_map: bool) -> Any:
+def _draw(explorer: Explorer, of_map: bool) -> Any:
+    import matplotlib.pyplot as plt
+
     tasks = list(explorer.ylabels)
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
