@@ -133,6 +133,7 @@ def march(out: Path, num_steps: int, *, runtime: RuntimeConfig = DEFAULT_RUNTIME
     state = resume.load()
     step = state[1]["step"] if state else 0
     log(f"march from {step}")
+    log(f"marching in process {os.getpid()}")
     with track("march", num_steps, runtime, done=step) as progress:
         while step < num_steps:
             time.sleep(0.02)
