@@ -86,6 +86,7 @@ GLUE6_CPU = ExperimentConfig(
     head=HeadConfig(max_examples=2000),
     fine_tune=FineTuneConfig(num_steps=600, batch_size=16, warmup_steps=50),
     scored_checkpoints=10,
+    report_candidates="chosen",
     autoencoder=ConvAutoencoderConfig(training=TrainingConfig(steps=80, batch_size=64, learning_rate=1e-4)),
     diffusion=DiffusionConfig(
         unet=UNetConfig(width=96),
@@ -95,7 +96,7 @@ GLUE6_CPU = ExperimentConfig(
     economies=(
         "600 fine-tuning steps of 16 examples, one run per task, one seed",
         "heads fitted on 2,000 examples; at most 200 examples to choose on, 500 validation examples to report on",
-        "10 evenly spaced checkpoints of 150 stand for 'original'",
+        "10 evenly spaced checkpoints of 150 stand for 'original'; only the chosen candidate is scored on validation",
     ),
 )
 
