@@ -10,21 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+_ALTERNATIVES = {"null": "none", "string": "a text", "integer": "a number", "number": "a number", "array": "a list"}
 
 
 class UserError(ValueError):
     """A fault that the user can mend. The message is one line: the field, its value and the remedy."""
 
 
+def _in_words(model: type[Any]) -> str:
+    """ConvAutoencoderConfig: Conv autoencoder."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", model.__name__.removesuffix("Config"))
+    return " ".join([words[0], *(word if word.isupper() else word.lower() for word in words[1:])])
+
+
 class Config(BaseModel):
     """A frozen value. Unknown fields are refused, so a misspelt name is an error and not a silent default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, model_title_generator=_in_words)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Alternatives of a field have names for people: a form writes them on tabs."""
+        described = handler.resolve_ref_schema(handler(schema))
+        for field in described.get("properties", {}).values():
+            for choice in field.get("anyOf", ()):
+                if "$ref" not in choice and "title" not in choice:
+                    choice["title"] = _ALTERNATIVES.get(choice.get("type"), "another value")
+        return described
 
     def identity(self) -> Any:
         """What of this value counts in a cache key; everything by default."""

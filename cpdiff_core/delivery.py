@@ -30,10 +30,12 @@ SUMMARY = "generation.json"
 class AdapterRequest(Config):
     """What adapters are asked for. Field names are those of the command line."""
 
-    task_info: str | None = Field(None, description="The task in words.")
+    task: str | None = Field(None, description="A task that the generator was trained on, by name: its head applies.")
+    task_info: str | None = Field(None, description="The task in words; for a training task in place of its own.")
     examples: tuple[str, ...] = Field((), description="Examples for the condition, each 'text -> answer'.")
-    task: str | None = Field(None, description="A training task by name: its head and statistics apply.")
-    num: int = Field(20, ge=1, description="Candidates M (paper: 20).")
+    num: int = Field(
+        20, ge=1, description="Candidates M (paper: 20). As many as in the generator's own run come with its scores and choice."
+    )
     seed: int | None = Field(None, ge=0, description="Of the noise; the seed of the generator's own run if None.")
     select: str | None = Field(
         None, description="CSV, JSON lines or Parquet file on which the best candidate is chosen."
@@ -42,9 +44,9 @@ class AdapterRequest(Config):
     labels: tuple[str, ...] | None = Field(None, description="Class names of a task never seen.")
     regression: bool = Field(False, description="The task never seen is a regression.")
     text_columns: tuple[str, ...] | None = Field(
-        None, description="Text columns of the file; those of the training task."
+        None, description="Text columns of the file; those of the training task if None, or text for a task never seen."
     )
-    label_column: str = "label"
+    label_column: str = Field("label", description="Column of the file with the answers.")
     merge: bool = Field(False, description="Also write the base with the chosen adapter merged into it.")
     base: str | None = Field(None, description="Folder or hub id of the base model, if not where the generator says.")
 

@@ -51,8 +51,8 @@ class ExperimentConfig(Config):
         None, ge=1, description="Evenly spaced checkpoints scored for *original*; all N if None."
     )
     normalization: NormalizationConfig = NormalizationConfig()
-    autoencoder: AutoencoderConfig = ConvAutoencoderConfig()
-    condition: ConditionConfig = TaskInfoFewShotCondition()
+    autoencoder: AutoencoderConfig = Field(ConvAutoencoderConfig(), description="From weights to latents and back (Eq. 6-7).")
+    condition: ConditionConfig = Field(TaskInfoFewShotCondition(), description="What the generator is told of a task (Tab. 4b).")
     diffusion: DiffusionConfig = DiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     report_candidates: Literal["all", "chosen"] = Field(

@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from cpdiff_core.config import Config, UserError
 
 _TASKS = {
@@ -27,8 +29,8 @@ _KEYS = {
 class PaperRow(Config):
     """A row of a table as the paper prints it, for example table1, `BERT r=1`."""
 
-    table: Literal["table1", "table3", "table4a", "table4b", "table4c"]
-    row: str
+    table: Literal["table1", "table3", "table4a", "table4b", "table4c"] = Field(description="Which table.")
+    row: str = Field(description="Which row of it, as `BERT r=1`.")
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from cpdiff_core.lora.vectors import soup
 class BlockConfig(Config):
     """An inclusive range of transformer blocks."""
 
-    first: int = Field(0, ge=0)
+    first: int = Field(0, ge=0, description="First block, counted from 0.")
     last: int = Field(ge=0, description="Inclusive: 0-1 are two blocks.")
     fill: Literal["zero", "checkpoint", "soup"] = Field(
         "checkpoint", description="What the other blocks hold: nothing, the last checkpoint (released code), the soup."

@@ -36,7 +36,7 @@ class FullTuningConfig(Config):
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Devlin et al.: 0.1; then linear to 0.")
     weight_decay: float = Field(0.01, ge=0, description="Devlin et al.: 0.01.")
     num_evaluations: int = Field(6, ge=1, description="Evenly spaced checkpoints to choose from (ours).")
-    max_length: int = Field(128, ge=4, le=512)
+    max_length: int = Field(128, ge=4, le=512, description="Tokens; longer texts are cut.")
     seed: int = Field(42, ge=0, description="Of head, data order and dropout.")
 
 

@@ -30,22 +30,22 @@ class HubData(Config):
     dataset: str = Field(description="Hub id, for example nyu-mll/glue.")
     subset: str | None = Field(None, description="Configuration of the dataset, for example sst2.")
     revision: str | None = Field(None, description="Branch, tag or commit; the newest commit if None.")
-    train_split: str = "train"
-    validation_split: str = "validation"
+    train_split: str = Field("train", description="Split to train on.")
+    validation_split: str = Field("validation", description="Split on which results are reported.")
 
 
 class GlueData(Config):
     """One of the six GLUE tasks: <data-dir>/glue/<task>/{train,validation}.parquet, or else the hub."""
 
     kind: Literal["glue"] = "glue"
-    task: Literal["sst2", "rte", "mrpc", "cola", "qnli", "stsb"]
+    task: Literal["sst2", "rte", "mrpc", "cola", "qnli", "stsb"] = Field(description="Which of the six.")
 
 
 class ExcerptData(Config):
     """The small excerpt of GLUE inside this package (SST-2, CoLA, STS-B)."""
 
     kind: Literal["excerpt"] = "excerpt"
-    task: Literal["sst2", "cola", "stsb"]
+    task: Literal["sst2", "cola", "stsb"] = Field(description="Which of the three.")
 
 
 DataSource = Annotated[FileData | HubData | GlueData | ExcerptData, Field(discriminator="kind")]
@@ -54,10 +54,10 @@ DataSource = Annotated[FileData | HubData | GlueData | ExcerptData, Field(discri
 class TextTask(Config):
     """What an adapter is fine-tuned for, and what the generator is told of it."""
 
-    name: TaskName
-    data: DataSource
+    name: TaskName = Field(description="What to call it.")
+    data: DataSource = Field(description="Where its examples come from.")
     text_columns: tuple[str, ...] = Field(min_length=1, max_length=2, description="One text column, or two for pairs.")
-    label_column: str = "label"
+    label_column: str = Field("label", description="Column with the answers.")
     labels: tuple[str, ...] | None = Field(
         description="Class names in the order of their numbers; null for regression. Label values may be numbers or names."
     )
