@@ -96,7 +96,7 @@ def deploy(gpus: int = 1, schedules: Literal["on", "off"] | None = None) -> list
             entrypoint_type=EntrypointType.MODULE_PATH,
             tags=list(item.tags),
             job_variables={"env": WORKER_ENVIRONMENT},
-            schedules=[Cron(item.cron, timezone="UTC", active=active)] if item.cron else [],
+            schedules=[Cron(item.cron, timezone="UTC", active=active, slug=item.name)] if item.cron else [],
         ).apply()
         when = f"{item.cron} UTC, {'on' if active else 'paused'}" if item.cron else "on request"
         lines.append(f"{f'{flow.name}/{item.name}':<40} pool {item.pool}   {when}")
