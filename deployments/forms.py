@@ -6,11 +6,12 @@ flows in `flows/`; nothing is computed here.
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -29,12 +30,15 @@ from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment
 from flows.tables import Data, reproduce_table
-from tasks.engine import with_engine
+from tasks.engine import part_of_a_flow
+from tasks.prefect_artifacts import headline, publish_adapters
 from tasks.stage import root
 
 
 def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     """Of a wrong configuration its first fault, where pydantic would list every experiment's name before it."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _from_json(value)
     try:
         return validate(value)
     except ValidationError as error:
@@ -46,17 +50,27 @@ def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError(first_fault("configuration", error)) from error
 
 
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"configuration: line {error.lineno}: is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
+        raise ValueError(f"configuration: is not JSON ({str(error).splitlines()[0]})") from error
+
+
 # Titles are what the form writes on the tabs between alternatives.
 Named = Annotated[Literal[(*EXPERIMENTS, *STYLE_EXPERIMENTS)], Field(title="by name")]  # type: ignore[valid-type]
-OfOnesOwn = Annotated[ExperimentConfig, Field(title="a configuration of one's own")]
-Chosen = Annotated[Named | OfOnesOwn, WrapValidator(_told_shortly)]
+AsJson = Annotated[str, Field(title="as JSON", pattern=r"^\s*\{")]
+OfOnesOwn = Annotated[ExperimentConfig, Field(title="field by field")]
+Chosen = Annotated[Named | AsJson | OfOnesOwn, WrapValidator(_told_shortly)]
 OtherName = Annotated[str, Field(title="another name", min_length=1)]
 GENERATING = tuple(name for name, item in EXPERIMENTS.items() if item.blocks is None)
 OfExperiment = Annotated[Literal[GENERATING], Field(title="of an experiment")]  # type: ignore[valid-type]
 Kept = Annotated[str, Field(title="builtin or a folder", min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
-Threads = Annotated[int, Field(ge=1, title="a number")] | None
-Steps = Annotated[int, Field(ge=5, title="a number")] | None
+Threads = Annotated[int, Field(ge=1, title="a number")] | Annotated[None, Field(title="torch's choice")]
+Steps = Annotated[int, Field(ge=5, title="a number")] | Annotated[None, Field(title="100 on a GPU, 10 on a CPU")]
 
 FLOW_OPTIONS: dict[str, Any] = {"persist_result": False}
 show_one_line()
@@ -71,13 +85,21 @@ def _chosen(value: Named | ExperimentConfig) -> ExperimentConfig | StyleExperime
 
 def _flow_of(config: ExperimentConfig | StyleExperimentConfig) -> Any:
     chosen: Any = run_experiment if isinstance(config, ExperimentConfig) else run_style_experiment
-    return with_engine(chosen)
+    return part_of_a_flow(chosen)
 
 
 def _name_of(value: Any) -> str:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _from_json(value)
     if isinstance(value, str):
         return value
     return str(value["name"] if isinstance(value, dict) else value.name)
+
+
+def _finished(what: str) -> Any:
+    """The state of a run that has written a report: what the report says first, and where it lies."""
+    said = headline(Path(what).parent)
+    return Completed(message=f"{said} Report: {what}" if said else f"Report: {what}")
 
 
 def _at(name: str) -> str:
@@ -115,19 +137,20 @@ def run_experiment_form(
     experiment: Chosen = "quickstart",
     device: Device = "auto",
     num_threads: Threads = None,
-) -> str:
+) -> Any:
     """Run one experiment: fine-tune, fit the generator, generate adapters, score them, write a report.
 
     What has been computed before is taken from the cache.
 
     Args:
-        experiment: Choose one by name, or fill in a configuration of your own. `cpdiff list` says what each is for; all
-            but quickstart and quickstart-style need data in the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
+        experiment: One by name, or a configuration of your own: as JSON (what `cpdiff show quickstart` prints is a start), or
+            field by field. `cpdiff list` says what each name is for; all but quickstart and quickstart-style need data in
+            the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; None is torch's choice.
+        num_threads: CPU threads of the run.
     """
     config = _chosen(experiment)
-    return str(_flow_of(config)(config, confinement.runtime(device, num_threads)))
+    return _finished(_flow_of(config)(config, confinement.runtime(device, num_threads)))
 
 
 @flow(name="reproduce-table", flow_run_name=_table_run, **FLOW_OPTIONS)
@@ -139,7 +162,7 @@ def reproduce_table_form(
     num_seeds: Annotated[int, Field(ge=1, le=20)] = 1,
     device: Device = "auto",
     num_threads: Threads = None,
-) -> str:
+) -> Any:
     """Compute every row of one of the paper's tables; rows share what they have in common.
 
     Args:
@@ -149,10 +172,10 @@ def reproduce_table_form(
         base: The base model. minilm-l6 needs no download; the others come from the hub.
         num_seeds: Seeds per row, pooled. A claim about the method needs at least two.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; None is torch's choice.
+        num_threads: CPU threads of the run.
     """
     runtime = confinement.runtime(device, num_threads)
-    return str(with_engine(reproduce_table)(table, base, num_seeds, data, runtime))
+    return _finished(part_of_a_flow(reproduce_table)(table, base, num_seeds, data, runtime))
 
 
 @flow(name="rerun-experiment", flow_run_name=_rerun, **FLOW_OPTIONS)
@@ -168,10 +191,10 @@ def rerun_experiment_form(
     Ends as `Warning` if an artifact with the same inputs has other bytes, or a score has left the earlier interval.
 
     Args:
-        experiment: Choose one by name, or fill in a configuration of your own.
+        experiment: One by name, or a configuration of your own, as JSON or field by field.
         keep: How many reruns of the experiment are kept, this one included.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; None is torch's choice. Another number may give other last bits.
+        num_threads: CPU threads of the run. Another number may give other last bits.
     """
     config = _chosen(experiment)
     base, fresh = root(), fresh_roots(root(), config.name)
@@ -200,9 +223,9 @@ def run_benchmarks_form(
     Args:
         parts: What to measure. several_gpus is skipped where there is one.
         base: The base model. minilm-l6 needs no download; the others come from the hub.
-        steps: Steps per timing of the training loops; None is 100 on a GPU and 10 on a CPU.
+        steps: Steps per timing of the training loops.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; None is torch's choice.
+        num_threads: CPU threads of the run.
     """
     if not parts:
         raise UserError(f"parts []: is empty; choose at least one of {', '.join(ALL_PARTS)}")
@@ -214,7 +237,7 @@ def run_benchmarks_form(
 @form
 def generate_adapters_form(
     generator: OfExperiment | Kept = "quickstart",
-    request: AdapterRequest = AdapterRequest(task="sst2", num=4),
+    request: AdapterRequest = AdapterRequest(task="sst2"),
     name: str = "",
     device: Device = "auto",
     num_threads: Threads = None,
@@ -228,7 +251,7 @@ def generate_adapters_form(
         name: The folder below adapters in the root that the adapters are written to, new or empty. Without a name it is
             called after the generator and the time.
         device: Where to compute. auto takes a GPU if the worker has one.
-        num_threads: CPU threads; None is torch's choice.
+        num_threads: CPU threads of the run.
     """
     name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
     out = confinement.named_folder(root() / "adapters", "name", name)
@@ -243,7 +266,7 @@ def generate_adapters_form(
     runtime = confinement.runtime(device, num_threads)
     lines = generate_adapters.fn(source, request.model_copy(update=files), str(out), runtime)
     said = [in_words_of_the_form(line) for line in lines]
-    create_markdown_artifact(key="adapters", markdown="\n".join(f"- {line}" for line in said), description=name)
+    publish_adapters(name, said, out)
     return Completed(message="; ".join(said)[:2000])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from typing import Any
 import pandas as pd
 from prefect import Flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.context import FlowRunContext
+from prefect.results import ResultStore
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Completed
 
 from tasks.inventory import REPORT_STAGE, Stored, digests, survey
+from tasks.prefect_artifacts import artifact_key, place
 
 REGRESSION = 0.9
 """A ratio below this share of the last one is a regression; timings on a quiet machine repeat within a few per cent."""
@@ -65,10 +69,15 @@ def previous_root(root: Path, name: str) -> Path | None:
     return root if _report(survey(root), name) is not None else None
 
 
-def on_root(path: Path, flow: Flow[..., Any], *arguments: Any) -> Any:
-    """Run `flow` with another root. Prefect's records must go there too, and it asks the flow for that."""
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path}):
-        return flow.with_options(result_storage=path)(*arguments)
+def on_root(path: Path, flow: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a flow or its body with another root, inside a flow. Prefect's records must go there too, and it asks the flow
+    around for that."""
+    around = FlowRunContext.get()
+    assert around is not None
+    if isinstance(flow, Flow):
+        flow = flow.with_options(result_storage=path)
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path}), around.model_copy(update={"result_store": ResultStore()}):
+        return flow(*arguments)
 
 
 @dataclass(frozen=True)
@@ -162,10 +171,11 @@ def ended(name: str, verdict: Verdict, result: str) -> Any:
         "",
         f"{verdict.same[0].upper()}{verdict.same[1:]}.",
         "",
-        f"`{result}`",
+        place(Path(result)),
     ]
-    key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    create_markdown_artifact(key=f"{key}-comparison", markdown="\n".join(lines))
+    create_markdown_artifact(
+        key=artifact_key(name, "comparison"), markdown="\n".join(lines), description=f"What has changed in {name}"
+    )
     for line in verdict.warnings:  # the pages show any completed state in green, a warning in the log in yellow
         get_run_logger().warning(line)
     if verdict.warnings:

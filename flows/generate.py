@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
+from prefect.context import FlowRunContext
 
 from cpdiff_core.bundle import Generator
 from cpdiff_core.config import RuntimeConfig, UserError
@@ -41,6 +43,6 @@ def generator_folder(generator: str, runtime: RuntimeConfig) -> str:
     if portable(generator):
         return generator
     experiment = load_experiment(generator)
-    if isinstance(experiment, StyleExperimentConfig):
-        return bundle_style_experiment(experiment, runtime)
-    return bundle_experiment(experiment, runtime)
+    bundle: Any = bundle_style_experiment if isinstance(experiment, StyleExperimentConfig) else bundle_experiment
+    # Inside a flow its stages and their progress stand on the page of the run that somebody has started.
+    return str(bundle(experiment, runtime) if FlowRunContext.get() is None else bundle.fn(experiment, runtime))

@@ -62,6 +62,13 @@ def with_engine(flow: Any, default: str | None = None) -> Any:
     return flow.with_options(task_runner=DaskTaskRunner(address=value))
 
 
+def part_of_a_flow(flow: Any) -> Any:
+    """What to call inside a flow in place of `flow`: its body, so that stages and artifacts stand on the page of the run
+    that somebody has started; with a cluster the flow, as a run of its own that has the cluster."""
+    found = with_engine(flow)
+    return flow.fn if found is flow else found
+
+
 def has_workers() -> bool:
     """Whether `each` would send its calls elsewhere. False on a worker: its own calls run where it is, since the GPU
     that they would wait for is the one that it holds itself."""

@@ -87,6 +87,9 @@ def test_a_run_accepts_the_defaults_of_its_form_and_refuses_what_is_none(item: D
         (QUICKSTART.model_dump(mode="json") | {"num_checkpoints": 900}, "num_checkpoints 900 is more than"),
         ({"tasks": "none"}, "configuration: tasks (value 'none')"),
         ("quickstrat", "'quickstrat' is no experiment"),
+        ('{"tasks": "none"}', "configuration: tasks (value 'none')"),
+        ('{"name": "x",', "configuration: line 1: is not JSON ("),
+        ("[" * 3, "is no experiment"),
     ],
 )
 def test_wrong_experiment_is_told_in_one_line(experiment: Any, message: str) -> None:
@@ -97,8 +100,9 @@ def test_wrong_experiment_is_told_in_one_line(experiment: Any, message: str) -> 
 
 
 def test_experiments_are_a_dropdown_of_names_or_a_whole_configuration(lines: list[str]) -> None:
-    by_name, whole = properties("run-experiment")["experiment"]["anyOf"]
+    by_name, as_json, whole = properties("run-experiment")["experiment"]["anyOf"]
     assert set(by_name["enum"]) == {*EXPERIMENTS, *STYLE_EXPERIMENTS}
+    assert as_json["title"] == "as JSON"
     assert whole["$ref"].endswith("ExperimentConfig")
     assert properties("run-benchmarks")["steps"]["anyOf"][0]["minimum"] == 5
 
@@ -107,7 +111,24 @@ def test_alternatives_of_a_field_have_names_that_a_person_understands(lines: lis
     for item in DEPLOYMENTS:
         for field, schema in properties(item.name).items():
             for choice in schema.get("anyOf", ()):
-                assert choice["type" if "type" in choice else "$ref"] == "null" or choice.get("title"), f"{item.name}: {field}"
+                assert choice.get("title"), f"{item.name}: {field}"
+
+
+def test_every_field_of_every_part_of_a_form_is_described_and_its_alternatives_have_names(lines: list[str]) -> None:
+    for item in DEPLOYMENTS:
+        for part in deployed()[item.name].parameter_openapi_schema.get("definitions", {}).values():
+            assert part["title"][0].isupper()
+            assert "Config" not in part["title"]
+            for field, schema in part["properties"].items():
+                assert field == "kind" or "$ref" in schema or schema.get("description"), f"{part['title']}: {field}"
+                for choice in schema.get("anyOf", ()):
+                    assert "$ref" in choice or choice.get("title"), f"{part['title']}: {field}"
+
+
+def test_a_configuration_as_json_is_the_experiment_itself(lines: list[str]) -> None:
+    text = QUICKSTART.model_dump_json(indent=2)
+    given = {"experiment": text, "device": "auto", "num_threads": None}
+    assert forms.run_experiment_form.validate_parameters(given)["experiment"] == QUICKSTART
 
 
 def test_generators_are_a_dropdown_whose_default_needs_nothing_from_outside(lines: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -27,13 +28,14 @@ def toy_flow(value: int) -> Artifact:
     return toy(value)
 
 
-def test_rerun_computes_again_and_puts_files_and_record_below_its_own_root(artifact_root: Path) -> None:
+@pytest.mark.parametrize("called", [toy_flow, toy_flow.fn], ids=["a run of its own", "a part of the run"])
+def test_rerun_computes_again_and_puts_files_and_record_below_its_own_root(artifact_root: Path, called: Any) -> None:
     first = toy_flow(1)
     fresh = fresh_roots(root(), "some/name").new()
 
     @flow(persist_result=False)
     def outer() -> None:
-        on_root(fresh, toy_flow, 1)
+        on_root(fresh, called, 1)
 
     before = folder(first).stat().st_mtime_ns
     outer()
