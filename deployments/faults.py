@@ -46,13 +46,22 @@ def form(body: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def _without_preface(text: str) -> str:
+    """Of Prefect's list of wrong parameters what is wrong: `experiment: ...`."""
+    lines = text.removeprefix("Flow run received invalid parameters:").strip().splitlines()
+    return "; ".join(line.removeprefix(" - ").removeprefix("- ").replace(": Value error, ", ": ", 1) for line in lines)
+
+
 class _OneLine(logging.Filter):
-    """Prefect logs every exception of a run with its traceback, which says nothing to whom a field was wrong."""
+    """Prefect logs every exception of a run with its traceback, which says nothing to whom a field was wrong, and two
+    lines for the hook of every stage, which say nothing to anybody."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.INFO and str(record.msg).startswith(("Running hook", "Hook '")):
+            return False
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, UserError | ParameterTypeError):
-            record.msg, record.args, record.exc_info = in_words_of_the_form(str(error)), (), None
+            record.msg, record.args, record.exc_info = in_words_of_the_form(_without_preface(str(error))), (), None
         return True
 
 

@@ -73,7 +73,7 @@ def first_fault(where: str, error: ValidationError) -> str:
     field = ".".join(part if re.fullmatch(r"[\w.()-]{1,60}", part) else repr(part)[:60] for part in parts) or "value"
     shown = repr(fault["input"])
     value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if fault["type"] == "extra_forbidden":
         message = "unknown field; check its name"
     elif fault["type"] == "union_tag_not_found":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
+from prefect.exceptions import ParameterTypeError
 
 from cpdiff_core.config import UserError
 from deployments.faults import form, in_words_of_the_form, show_one_line
@@ -51,6 +52,22 @@ def test_users_fault_is_one_line_in_the_log_and_in_the_state(artifact_root: Path
     assert "Traceback" not in log.getvalue()
     refusing("ours", return_state=True)
     assert "Traceback" in log.getvalue(), "a fault of ours is shown whole"
+
+
+def test_wrong_parameter_is_one_line_in_the_log_without_preface(log: io.StringIO) -> None:
+    show_one_line()
+    fault = ParameterTypeError("Flow run received invalid parameters:\n - num: Input should be 1\n - name: Value error, is none")
+    logging.getLogger("prefect.flow_runs").error("no", exc_info=(type(fault), fault, None))
+    assert log.getvalue() == "num: Input should be 1; name: is none\n"
+
+
+def test_hooks_of_stages_are_not_in_the_log(log: io.StringIO) -> None:
+    show_one_line()
+    logger = logging.getLogger("prefect.task_runs")
+    logger.setLevel(logging.INFO)
+    for text in ("Running hook '_completed' in response to entering state 'Completed'", "Hook '_completed' finished", "Finished"):
+        logger.info(text)
+    assert log.getvalue() == "Finished\n"
 
 
 def test_options_become_fields_or_settings_of_the_worker() -> None:
