@@ -80,12 +80,12 @@ def test_regression_labels_are_numbers(tmp_path: Path) -> None:
 
 BAD_ROWS = {
     "label out of range": (
-        [*ROWS, {"text": "x", "label": 2}], {}, r"row 20: label 2 is out of range; expected 0 to 1 or one of no, yes"
+        [*ROWS, {"text": "x", "label": 2}], {}, r"row 20: label '?2'? is out of range; expected 0 to 1 or one of no, yes"
     ),
-    "unlabelled split": ([{"text": "x", "label": -1}], {}, r"row 0: label -1 is out of range.*is the split unlabelled"),
-    "half a class": ([{"text": "x", "label": 0.5}], {}, r"row 0: label 0.5 is out of range"),
+    "unlabelled split": ([{"text": "x", "label": -1}], {}, r"row 0: label '?-1'? is out of range.*is the split unlabelled"),
+    "half a class": ([{"text": "x", "label": 0.5}], {}, r"row 0: label '?0.5'? is out of range"),
     "unknown name": ([{"text": "x", "label": "maybe"}], {}, r"row 0: label 'maybe' is out of range"),
-    "missing label": ([*ROWS, {"text": "x", "label": None}], {}, r"row 20: label nan is out of range"),
+    "missing label": ([*ROWS, {"text": "x", "label": None}], {}, r"row 20: the label is missing; mend or drop the row"),
     "no number": (
         [{"text": "x", "label": "1.5"}, {"text": "x", "label": "high"}], {"labels": None, "metrics": ("pearson",)},
         r"row 1: label 'high' is not a number; mend the row, or give labels",
@@ -112,19 +112,118 @@ def test_bad_rows_and_columns_are_named(tmp_path: Path, fault: str, suffix: str)
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task 'mine': data file '.*train.csv' does not exist; check the path"):
         resolve_task(task_of(tmp_path), tmp_path)
-    for suffix in (".parquet", ".jsonl"):
+    for suffix, remedy in ((".parquet", "check the file"), (".jsonl", "save it as UTF-8"), (".csv", "save it as UTF-8")):
         task = made(tmp_path, suffix=suffix)
         (tmp_path / f"train{suffix}").write_bytes(b"\x00\x01 not a table \xff")
         task = resolve_task(task.task, tmp_path)
-        with pytest.raises(
-            UserError, match=rf"^task 'mine': '.*train\{suffix}' cannot be read \(.*\); check the file$"
-        ):
+        with pytest.raises(UserError, match=rf"^task 'mine': '.*train\{suffix}' cannot be read \(.*\); {remedy}$"):
             read_examples(task, "train")
+    with pytest.raises(UserError, match=r"task 'mine': data file '.*' is a folder, not a file; check the path"):
+        resolve_task(task_of(tmp_path, data=FileData(train=".", validation=".")), tmp_path)
+    with pytest.raises(UserError, match=r"task 'mine': data file '.*x' does not exist; check the path"):
+        resolve_task(task_of(tmp_path, data=FileData(train="x" * 3000, validation="x")), tmp_path)
     made(tmp_path, suffix=".csv")
     for part in ("train", "validation"):
         shutil.copy(tmp_path / f"{part}.csv", tmp_path / f"{part}.xlsx")
-    with pytest.raises(UserError, match=r"'train.xlsx' is not CSV \(.csv\), JSON lines \(.jsonl\) or Parquet"):
+    with pytest.raises(UserError, match=r"train.xlsx' is not CSV \(.csv\), JSON lines \(.jsonl\) or Parquet"):
         read_examples(resolve_task(task_of(tmp_path, ".xlsx"), tmp_path), "train")
+
+
+CSV_FILES: dict[str, tuple[bytes, list[str]]] = {
+    "a mark of byte order": (b"\xef\xbb\xbftext,label\nx,0\ny,1\n", ["x", "y"]),
+    "one between quotes": (b'\xef\xbb\xbf"text","label"\nx,0\ny,1\n', ["x", "y"]),
+    "line breaks and quotes": (b'text,label\r\n"a\r\nb, ""c""",0\r\ny,1\r\n', ['a\r\nb, "c"', "y"]),
+    "words for nothing": (b"text,label\nNA,0\nNone,1\nnull,0\nnan,1\n", ["NA", "None", "null", "nan"]),
+    "numbers and dates": (b"text,label\n007,0\n1.50,1\n2020-01-01,0\n", ["007", "1.50", "2020-01-01"]),
+    "blank lines": (b"\ntext,label\n\n x ,0\n\n", [" x "]),
+}
+
+
+@pytest.mark.parametrize("case", CSV_FILES)
+def test_texts_of_csv_are_those_of_the_file(tmp_path: Path, case: str) -> None:
+    made(tmp_path)
+    content, texts = CSV_FILES[case]
+    (tmp_path / "train.csv").write_bytes(content)
+    assert [text for (text,) in read_examples(resolve_task(task_of(tmp_path), tmp_path), "train").texts] == texts
+
+
+def test_texts_of_json_are_those_of_the_file(tmp_path: Path) -> None:
+    rows = [{"text": "2020-01-01T00:00:00", "label": 0}, {"text": "a\u2028b", "label": 1}, {"text": "12", "label": 1}]
+    made(tmp_path, suffix=".jsonl")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    array = "[" + ",\n".join(lines) + "]"
+    for text in ("\n\n".join(lines), "\ufeff" + "\r\n".join(lines) + "\r\n", array):
+        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8", newline="")
+        examples = read_examples(resolve_task(task_of(tmp_path, ".jsonl"), tmp_path), "train")
+        assert [text for (text,) in examples.texts] == [row["text"] for row in rows]
+
+
+BAD_FILES = {
+    "semicolons": (".csv", "text;label\nx;0\n", r"has a single column 'text;label'; .*by commas, not by ';'"),
+    "a comma in every text": (".csv", "text,label\na, b,0\nc, d,1\n", r"line 2, saw 3\); put texts with commas"),
+    "open quote": (".csv", 'text,label\n"x,0\ny,1\n', r"EOF inside string .*quotes"),
+    "column twice": (".csv", "text,label,text\nx,0,y\n", r"has two columns 'text'; rename one"),
+    "blank before a name": (".csv", "text, label\nx,0\n", r"has no column 'label'; it has text, ' label'"),
+    "short row": (".csv", "text,label\nx,0\ny\n", r"row 1: the label is missing"),
+    "nothing": (".csv", "", r"has no rows"),
+    "broken line": (".jsonl", '{"text":"x","label":0}\n\n{"text":"x"\n', r"line 3 is not JSON: .*an object per line"),
+    "array of arrays": (".jsonl", '[["x", 0]]', r"row 0 is no object"),
+    "list for a text": (".jsonl", '{"text":["x","y"],"label":0}', r"row 0: column 'text' holds \['x', 'y'\], which is no text"),
+    "half a pair": (".jsonl", '{"text":"\\ud800","label":0}', r"row 0: column 'text' holds .* no UTF-8 file can hold"),
+    "huge number": (".jsonl", '{"text":"x","label":' + "9" * 5000 + "}", r"cannot be read \(Exceeds the limit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_malformed_files_are_one_line_with_the_place(tmp_path: Path, fault: str) -> None:
+    suffix, text, message = BAD_FILES[fault]
+    made(tmp_path, suffix=suffix)
+    (tmp_path / f"train{suffix}").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^task 'mine': .*train\{suffix}.*{message}") as error:
+        read_examples(resolve_task(task_of(tmp_path, suffix), tmp_path), "train")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_faults_of_a_parquet_file_are_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    task = made(tmp_path, suffix=".parquet").task
+    (tmp_path / "train.parquet").write_bytes(b"text,label")
+    with pytest.raises(UserError, match="Parquet magic bytes not found"):
+        read_examples(resolve_task(task, tmp_path), "train")
+    pd.DataFrame({"text": pd.Series([], dtype=str), "label": pd.Series([], dtype=int)}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="has no rows"):
+        read_examples(resolve_task(task, tmp_path), "train")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "numbers"),
+    [
+        (("1", "2", "3"), [1.0, 2.0, 3.0], [0, 1, 2]),
+        (("1", "2", "3"), ["1.0", " 2", "3"], [0, 1, 2]),
+        (("true", "false"), [True, False], [0, 1]),
+        (("False", "True"), ["TRUE", "false"], [1, 0]),
+        (("no", "yes"), [True, False], [1, 0]),
+        (("no", "yes"), [" yes", "no "], [1, 0]),
+        (("null", "nan"), ["null", "nan"], [0, 1]),
+    ],
+)
+def test_a_label_is_the_class_that_it_names(tmp_path: Path, names, values, numbers) -> None:
+    rows = [{"text": "x", "label": value} for value in values]
+    for suffix in (".jsonl", ".parquet"):
+        examples = read_examples(made(tmp_path, rows, suffix, labels=names), "train")
+        assert examples.labels.tolist() == numbers, suffix
+
+
+def test_a_number_is_no_place_where_classes_are_named_by_numbers(tmp_path: Path) -> None:
+    task = made(tmp_path, [{"text": "x", "label": 2}, {"text": "x", "label": 0}], labels=("1", "2"))
+    with pytest.raises(UserError, match=r"row 1: label '0' is out of range; expected one of 1, 2"):
+        read_examples(task, "train")
+
+
+def test_target_too_large_for_a_float32_is_named(tmp_path: Path) -> None:
+    task = made(tmp_path, [{"text": "x", "label": 1e300}], labels=None, metrics=("pearson",))
+    with pytest.raises(UserError, match=r"row 0: label '1e\+?300' is too large to be learned; give targets below 1e\+09"):
+        read_examples(task, "train")
 
 
 def test_file_without_rows_is_named(tmp_path: Path) -> None:
@@ -239,6 +338,8 @@ def test_glue_paths_start_at_the_data_folder_and_without_one_the_hub_is_asked(tm
         ({"metrics": ("pearson",)}, "metric 'pearson' does not fit classification"),
         ({"labels": ("a", "b", "c"), "metrics": ("f1",)}, "metric 'f1' is for two classes"),
         ({"table_metric": "f1"}, "table_metric 'f1' is not among metrics"),
+        ({"text_columns": ("text", "text")}, "text_columns has 'text' twice"),
+        ({"label_column": "text"}, "label_column 'text' is among text_columns"),
     ],
 )
 def test_inconsistent_task_is_refused(tmp_path: Path, fields, message) -> None:

@@ -6,7 +6,8 @@ validation data, seen by reporting alone. Local files enter a task's identity by
 
 from __future__ import annotations
 
-import tempfile
+import os
+import re
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ from pydantic import Field
 
 from cpdiff_core.config import Config, LocalFile, UserError
 from cpdiff_core.domains.base_models import BaseModel, load_tokenizer
+from cpdiff_core.domains.glue.table_files import PARQUET, TEXT_READING, UnreadableTable, read_table
 from cpdiff_core.domains.glue.text_tasks import ExcerptData, FileData, GlueData, HubData, TextTask
 from cpdiff_core.lora.packing import TokenizedTexts
 
@@ -45,6 +47,10 @@ class SplitConfig(Config):
 class ResolvedFiles(Config):
     train: LocalFile
     validation: LocalFile
+
+    def identity(self) -> Any:
+        text = any(Path(file.path).suffix.lower() != PARQUET for file in (self.train, self.validation))
+        return super().identity() | ({"reading": TEXT_READING} if text else {})
 
 
 class ResolvedHub(Config):
@@ -99,9 +105,10 @@ def resolve_task(task: TextTask, data_dir: Path | None) -> ResolvedTask:
         assert isinstance(hub, HubData)
         return ResolvedTask(task=task, source=_resolve_hub(task.name, hub))
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, it takes a name that is too long for one that is not there
+            reason = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
             raise UserError(
-                f"task {task.name!r}: data file {str(path)!r} does not exist; check the path, give --data-dir, "
+                f"task {task.name!r}: data file {str(path)!r} {reason}; check the path, give --data-dir, "
                 "or run the quickstart, whose data is inside the package"
             )
     train, validation = (LocalFile.of(path) for path in paths)
@@ -128,60 +135,103 @@ def _resolve_hub(name: str, hub: HubData) -> ResolvedHub:
 
 def _read_frame(task: ResolvedTask, which: Literal["train", "validation"]) -> tuple[pd.DataFrame, str]:
     """The raw table of one split, and what to call it in an error."""
+    source = task.source
+    if isinstance(source, ResolvedFiles):
+        path = Path(getattr(source, which).path)
+        try:
+            return read_table(path), str(path)
+        except UnreadableTable as error:
+            raise UserError(f"task {task.name!r}: {str(path)!r} {error}") from error
     import datasets
 
     datasets.disable_progress_bars()
-    source = task.source
+    split = source.train_split if which == "train" else source.validation_split
     try:
-        if isinstance(source, ResolvedHub):
-            split = source.train_split if which == "train" else source.validation_split
-            table = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.commit)
-            return table.to_pandas(), f"{source.dataset} {split}"
-        path = Path(getattr(source, which).path)
-        readers = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise UserError(
-                f"task {task.name!r}: file {path.name!r} is not CSV (.csv), JSON lines (.jsonl) or Parquet (.parquet)"
-            )
-        # A cache folder of its own: the library's shared cache is keyed by name and time, not by content.
-        with tempfile.TemporaryDirectory() as scratch:
-            table = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True)
-            return table.to_pandas(), str(path)
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise many types; each means that this file cannot be read
+        table = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.commit)
+    except Exception as error:  # the library raises many types; each means that this split cannot be had
         reason = str(error.__cause__ or error).splitlines()[0][:160]
-        what = source.dataset if isinstance(source, ResolvedHub) else getattr(source, which).path
-        raise UserError(f"task {task.name!r}: {what!r} cannot be read ({reason}); check the file") from error
+        raise UserError(
+            f"task {task.name!r}: dataset {source.dataset!r} cannot be read ({reason}); check subset and splits"
+        ) from error
+    return table.to_pandas(), f"{source.dataset} {split}"
+
+
+def _texts(task: str, column: pd.Series[Any], where: str) -> list[str]:
+    """A text column: strings, or numbers as they print. Raises UserError for an empty cell and for what is no text."""
+    texts = ["" if none else str(value) for value, none in zip(column, column.isna(), strict=True)]
+    for row, (value, text) in enumerate(zip(column, texts, strict=True)):
+        fault = None
+        if isinstance(value, list | dict | np.ndarray):
+            fault = f"holds {_shown(column, row)[:60]}, which is no text; name a column of texts in text_columns"
+        elif not text.strip():
+            fault = "is empty"
+        elif not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+            fault = f"holds {text[:40]!r}, which no UTF-8 file can hold (half of a surrogate pair); mend the row"
+        if fault is not None:
+            raise UserError(f"task {task!r}: {where} row {row}: column {column.name!r} {fault}")
+    return texts
 
 
 def _labels(task: TextTask, column: pd.Series[Any], where: str) -> NDArray[np.float64]:
+    """Class numbers, or regression targets. Raises UserError for the first row that has none."""
     if task.labels is None:
         values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-        if (bad := np.flatnonzero(~np.isfinite(values))).size:
-            raise UserError(
-                f"task {task.name!r}: {where} row {bad[0]}: label {_shown(column, bad[0])} is not a number; "
-                "mend the row, or give labels for classification"
-            )
-        return values
-    names = {name: number for number, name in enumerate(task.labels)}
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    named = column.map(lambda value: names.get(str(value), np.nan)).to_numpy(np.float64)
-    values = np.where(np.isfinite(named), named, numbers)
-    wrong = ~(np.isfinite(values) & (values >= 0) & (values < len(task.labels)) & (values == np.floor(values)))
+        wrong, expected = ~(np.abs(values) <= _LARGEST_TARGET), "is not a number; mend the row, or give labels for classification"
+        if (large := np.isfinite(values) & wrong).any() and np.argmax(large) == np.argmax(wrong):
+            expected = f"is too large to be learned; give targets below {_LARGEST_TARGET:g}"
+    else:
+        values = np.array([_class_number(value, task.labels) for value in column], np.float64)
+        wrong, numbers = np.isnan(values), "" if _numeric(task.labels) else f"0 to {len(task.labels) - 1} or "
+        expected = f"is out of range; expected {numbers}one of {', '.join(task.labels)} (is the split unlabelled?)"
     if (bad := np.flatnonzero(wrong)).size:
-        raise UserError(
-            f"task {task.name!r}: {where} row {bad[0]}: label {_shown(column, bad[0])} is out of range; "
-            f"expected 0 to {len(task.labels) - 1} or one of {', '.join(task.labels)} (is the split unlabelled?)"
-        )
+        value = column.iloc[bad[0]]
+        missing = value is None or value == "" or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+        shown = "the label is missing" if missing else f"label {_shown(column, bad[0])}"
+        expected = "; mend or drop the row (is the split unlabelled?)" if missing else f" {expected}"
+        raise UserError(f"task {task.name!r}: {where} row {bad[0]}: {shown}{expected}")
     return values
+
+
+_LARGEST_TARGET = 1e9
+"""Of a regression. Its square must leave a float32 room for a sum."""
+
+
+@lru_cache(maxsize=64)
+def _numeric(names: tuple[str, ...]) -> bool:
+    """Whether one of the class names is a number, so that a number in the data is a name and no place in the list."""
+    return any(re.fullmatch(r"\s*[+-]?\d+([.]\d*)?\s*", name) for name in names)
+
+
+def _class_number(value: Any, names: tuple[str, ...]) -> float:
+    """The number of the class that a label names, by its name or, where names are no numbers, by its place; else NaN.
+
+    1, 1.0 and "1" are the same label, and so are True and "true"; without names for them True is 1 and False is 0.
+    """
+    text = str(value)
+    for name in (text, text.strip()):
+        if name in names:
+            return names.index(name)
+    text = text.strip()
+    if text.casefold() in ("true", "false"):
+        folded = [name.casefold() for name in names]
+        if "true" in folded or "false" in folded:
+            return folded.index(text.casefold()) if text.casefold() in folded else np.nan
+        return float(text.casefold() == "true")
+    try:
+        number = float(text)
+    except ValueError:
+        return np.nan
+    if not number.is_integer():
+        return np.nan
+    if _numeric(names):
+        return names.index(f"{number:.0f}") if f"{number:.0f}" in names else np.nan
+    return number if 0 <= number < len(names) else np.nan
 
 
 def _shown(column: pd.Series[Any], row: int) -> str:
     """A value as the user wrote it, without numpy's type around it."""
     value = column.iloc[row]
-    return repr(value.item() if isinstance(value, np.generic) else value)
+    return repr(value.tolist() if isinstance(value, np.generic | np.ndarray) else value)
 
 
 @lru_cache(maxsize=32)
@@ -192,19 +242,14 @@ def read_examples(task: ResolvedTask, which: Literal["train", "validation"]) -> 
         current = LocalFile.of(Path(getattr(task.source, which).path))
         if current.sha256 != getattr(task.source, which).sha256:
             raise UserError(f"task {task.name!r}: {where} changed while the run was under way; start it again")
+    if frame.empty:
+        raise UserError(f"task {task.name!r}: {where} has no rows")
     wanted = (*task.task.text_columns, task.task.label_column)
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
-        raise UserError(
-            f"task {task.name!r}: {where} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}"
-        )
-    if frame.empty:
-        raise UserError(f"task {task.name!r}: {where} has no rows")
-    for name in task.task.text_columns:
-        empty = frame[name].isna() | (frame[name].astype(str).str.strip() == "")
-        if empty.any():
-            raise UserError(f"task {task.name!r}: {where} row {int(np.flatnonzero(empty)[0])}: column {name!r} is empty")
-    columns = [frame[name].astype(str).tolist() for name in task.task.text_columns]
+        found = [name if name == name.strip() else repr(name) for name in map(str, frame.columns)]
+        raise UserError(f"task {task.name!r}: {where} has no column {missing[0]!r}; it has {', '.join(found)}")
+    columns = [_texts(task.name, frame[name], where) for name in task.task.text_columns]
     labels = _labels(task.task, frame[task.task.label_column], where)
     return Examples(tuple(zip(*columns, strict=True)), labels)
 

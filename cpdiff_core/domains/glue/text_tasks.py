@@ -73,6 +73,10 @@ class TextTask(Config):
             raise ValueError(f"task {self.name!r}: labels needs at least two names; use null for regression")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task {self.name!r}: labels has a name twice")
+        if len(set(self.text_columns)) != len(self.text_columns):
+            raise ValueError(f"task {self.name!r}: text_columns has {self.text_columns[0]!r} twice; a pair is of two columns")
+        if self.label_column in self.text_columns:
+            raise ValueError(f"task {self.name!r}: label_column {self.label_column!r} is among text_columns; name another")
         correlations = {"pearson", "spearmanr"}
         if "combined_score" in self.metrics:
             raise ValueError(f"task {self.name!r}: combined_score is the mean of the metrics and not one of them; leave it out")
