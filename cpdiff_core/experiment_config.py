@@ -19,7 +19,7 @@ from cpdiff_core.domains.glue.text_tasks import TextTask
 from cpdiff_core.evaluation.arms import NEEDS_ALL_CANDIDATES, PAPER_ARMS, ArmName
 from cpdiff_core.generator.autoencoder import AutoencoderConfig, ConvAutoencoderConfig
 from cpdiff_core.generator.conditions import ConditionConfig, TaskInfoFewShotCondition
-from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig
+from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig, check_sampling
 from cpdiff_core.generator.normalization import NormalizationConfig
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.paper import PaperRow
@@ -83,6 +83,7 @@ class ExperimentConfig(Config):
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest {self.fine_tune.num_harvest}; "
                 "harvest more or use fewer"
             )
+        check_sampling(self.diffusion, self.sampling)
         wanting = NEEDS_ALL_CANDIDATES & set(self.arms)
         if self.report_candidates == "chosen" and (wanting or self.audit):
             what = f"the arm {min(wanting)!r}" if wanting else "the audit"

@@ -34,7 +34,7 @@ from cpdiff_core.domains.style.styles import (
 from cpdiff_core.domains.style.through_base import Objective, ThroughBaseObjective, WeightObjective
 from cpdiff_core.generator.autoencoder import AutoencoderConfig, ConvAutoencoderConfig
 from cpdiff_core.generator.conditions import StyleImageCondition
-from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig
+from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig, check_sampling
 from cpdiff_core.generator.normalization import NormalizationConfig
 from cpdiff_core.generator.training import TrainingConfig
 from cpdiff_core.lora.layout import LoraSpec
@@ -92,6 +92,7 @@ class StyleExperimentConfig(Config):
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest "
                 f"{self.fine_tune.num_harvest}; harvest more or use fewer"
             )
+        check_sampling(self.diffusion, self.sampling)
         for field in ("left_out", "scored"):
             chosen = getattr(self, field)
             if unknown := [name for name in chosen or () if name not in names[:-1]]:

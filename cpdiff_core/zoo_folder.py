@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cpdiff_core.artifacts import write_json
 from cpdiff_core.cards import TaskCard
@@ -23,7 +23,7 @@ from cpdiff_core.config import Config, LocalFile, UserError
 from cpdiff_core.domains.base_models import FAMILIES, NAMES, BaseModel, cached_classifier
 from cpdiff_core.generator.autoencoder import AutoencoderConfig, ConvAutoencoderConfig
 from cpdiff_core.generator.conditions import LearnedCondition, OneHotCondition, TaskInfoCondition
-from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig
+from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig, check_sampling
 from cpdiff_core.generator.normalization import NormalizationConfig
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout, initial_vector
 from cpdiff_core.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, read_adapter, write_adapter
@@ -44,6 +44,11 @@ class ZooGeneratorConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     max_length: int = Field(128, ge=4, le=512, description="Tokens of one example when generated adapters are scored.")
     seed: int = Field(42, ge=0, description="Of autoencoder, diffusion and sampling.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ZooGeneratorConfig:
+        check_sampling(self.diffusion, self.sampling)
+        return self
 
 
 class AdapterFiles(Config):

@@ -70,7 +70,7 @@ def first_fault(where: str, error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     fault = faults[0]
     parts = [str(part) for part in fault["loc"]]
-    field = ".".join(part if re.fullmatch(r"[\w.()-]{1,60}", part) else repr(part)[:60] for part in parts) or "value"
+    field = ".".join(part if re.fullmatch(r"[\w.()-]{1,60}", part) else repr(part)[:60] for part in parts)
     shown = repr(fault["input"])
     value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -79,7 +79,8 @@ def first_fault(where: str, error: ValidationError) -> str:
     elif fault["type"] == "union_tag_not_found":
         message = 'needs "kind"; `cpdiff show quickstart` prints an example'
     more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
-    return f"{where}: {field}{value}: {message}{more}"
+    at = f"{field}{value}: " if field else ""  # a fault of several fields together names them itself
+    return f"{where}: {at}{message}{more}"
 
 
 _HUB_TABLES = tuple(

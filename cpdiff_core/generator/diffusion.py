@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,13 +99,9 @@ class LatentDiffusion(nn.Module):
         y_BE: conditions as given to `fit_diffusion`. Candidate m depends on (seed, m) and its own condition only, so
         it is the same for any B and M up to rounding. on_step(t, x_BMCL, z_BMCL) sees the noised latents and the
         latents predicted from them, before each reverse step (trajectories). Raises UserError for an unknown
-        scheduler, and for guidance of a model trained without condition dropout.
+        scheduler, and for what `check_sampling` refuses.
         """
-        if sampling.guidance_scale != 1 and self.config.condition_dropout == 0:
-            raise UserError(
-                f"guidance_scale {sampling.guidance_scale:g}: this model was trained with condition_dropout 0; "
-                "train with e.g. 0.1 or set guidance_scale to 1"
-            )
+        check_sampling(self.config, sampling)
         scheduler = build_scheduler(self.config, sampling.scheduler)
         device = self.no_condition_D.device
         scheduler.set_timesteps(sampling.num_inference_steps, device=device)
@@ -212,8 +209,42 @@ def fit_diffusion(
     return model.eval().requires_grad_(False), losses
 
 
+@lru_cache(maxsize=64)
+def check_sampling(config: DiffusionConfig, sampling: SamplingConfig) -> None:
+    """Whether a model with this noise process can be sampled so; known before anything is trained.
+
+    Raises UserError for guidance of a model trained without condition dropout, for more reverse steps than T, and for
+    a scheduler that is unknown, is not for this process, or fails when it is run on a single number.
+    """
+    if sampling.guidance_scale != 1 and config.condition_dropout == 0:
+        raise UserError(
+            f"guidance_scale {sampling.guidance_scale:g}: the model is trained with condition_dropout 0; "
+            "train with e.g. 0.1 or set guidance_scale to 1"
+        )
+    if sampling.num_inference_steps > config.num_train_timesteps:
+        raise UserError(
+            f"num_inference_steps {sampling.num_inference_steps}: is more than num_train_timesteps "
+            f"{config.num_train_timesteps}; use at most as many"
+        )
+    if sampling.scheduler in _SHORT_NAMES:
+        return
+    scheduler = build_scheduler(config, sampling.scheduler)
+    try:
+        scheduler.set_timesteps(sampling.num_inference_steps)
+        options = _step_options(scheduler, sampling, 0, 1, 1)
+        x_VCL = torch.ones(1, 1, 1) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_VCL = scheduler.step(0 * scheduler.scale_model_input(x_VCL, t), t, x_VCL, **options).prev_sample
+    except Exception as error:  # each scheduler has its own faults, and none of them is of our making
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(
+            f"scheduler {sampling.scheduler!r}: cannot take {sampling.num_inference_steps} steps here ({reason}); "
+            f"use {', '.join(_SHORT_NAMES)}"
+        ) from error
+
+
 def build_scheduler(config: DiffusionConfig, name: str) -> Any:
-    """The diffusers scheduler `name` for the noise process of `config`. Raises UserError for an unknown name."""
+    """The diffusers scheduler `name` for the noise process of `config`. Raises UserError for an unknown or unfit one."""
     import diffusers  # takes a second, which a run whose every stage is cached is spared
 
     scheduler = getattr(diffusers, _SHORT_NAMES.get(name, name), None)
@@ -231,7 +262,15 @@ def build_scheduler(config: DiffusionConfig, name: str) -> Any:
         "timestep_spacing": "trailing",  # the first reverse step must be at pure noise, t = T - 1
     }
     known = inspect.signature(scheduler.__init__).parameters
-    return scheduler(**{key: value for key, value in wanted.items() if key in known})
+    if not {"beta_start", "beta_end", "beta_schedule", "prediction_type"} <= known.keys():
+        raise UserError(
+            f"scheduler {name!r}: is for another noise process than one of betas (Eq. 2); use {', '.join(_SHORT_NAMES)}"
+        )
+    try:
+        return scheduler(**{key: value for key, value in wanted.items() if key in known})
+    except Exception as error:  # each has its own demands
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"scheduler {name!r}: cannot be made ({reason}); use {', '.join(_SHORT_NAMES)}") from error
 
 
 def _clean(

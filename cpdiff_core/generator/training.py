@@ -103,10 +103,10 @@ def train(
                 program.losses[index] = step(*inputs)
             block = program.losses[first:last].cpu()
             if not bool(block.isfinite().all()):
-                fault = first + int((~block.isfinite()).nonzero()[0])
+                fault = first + int((~block.isfinite()).nonzero()[0]) + 1
                 raise UserError(
                     f"{stage}: the loss is not finite at step {fault} of {config.steps}; "
-                    f"lower learning_rate (it is {config.learning_rate:g})"
+                    f"lower its training.learning_rate (now {config.learning_rate:g})"
                 )
             progress.step(last - first, float(block.mean()))
             if resume is not None and resume.due() and last < config.steps:

@@ -8,16 +8,20 @@ import torch
 
 from cpdiff_core.artifacts import ResumeState, seal
 from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.domains.glue.text_tasks import excerpt
+from cpdiff_core.experiments import ExperimentConfig
 from cpdiff_core.generator.conditions import LearnedCondition, OneHotCondition, TaskInfoCondition, one_hot_conditions
 from cpdiff_core.generator.diffusion import (
     DiffusionConfig,
     LatentDiffusion,
     SamplingConfig,
     build_scheduler,
+    check_sampling,
     fit_diffusion,
 )
 from cpdiff_core.generator.training import TrainingConfig
 from cpdiff_core.generator.unet1d import UNetConfig
+from cpdiff_core.zoo_folder import ZooGeneratorConfig
 
 RUNTIME = RuntimeConfig(progress=False)
 SMALL = UNetConfig(width=32, multipliers=(1, 1), time_width=32)
@@ -213,3 +217,26 @@ def test_scheduler_is_found_by_class_name_and_refused_by_a_wrong_one() -> None:
     for name in ("dpm", "UNet2DModel", "__version__"):
         with pytest.raises(UserError, match=f"scheduler '{name}': unknown; use ddpm, ddim"):
             build_scheduler(DiffusionConfig(), name)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"num_inference_steps": 1001}, "num_inference_steps 1001: is more than num_train_timesteps 1000"),
+        ({"guidance_scale": 2.0}, "guidance_scale 2: .*condition_dropout 0"),
+        ({"scheduler": "dpm"}, "scheduler 'dpm': unknown"),
+        ({"scheduler": "SchedulerMixin"}, "'SchedulerMixin': is for another noise process"),
+        ({"scheduler": "EDMEulerScheduler"}, "'EDMEulerScheduler': is for another noise process"),
+        ({"scheduler": "UnCLIPScheduler"}, "'UnCLIPScheduler': (is for another|cannot be made)"),
+        ({"scheduler": "CogVideoXDPMScheduler"}, "'CogVideoXDPMScheduler': cannot take 50 steps here .*; use ddpm, ddim"),
+        ({"scheduler": "PNDMScheduler", "num_inference_steps": 3}, "'PNDMScheduler': cannot take 3 steps here"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_anything_is_trained(sampling, message) -> None:
+    config = SamplingConfig(**sampling)
+    with pytest.raises(UserError, match=message):
+        check_sampling(DiffusionConfig(), config)
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig(tasks=(excerpt("sst2"),), sampling=config)
+    with pytest.raises(ValueError, match=message):
+        ZooGeneratorConfig(sampling=config)

@@ -117,7 +117,7 @@ def test_loss_that_is_not_finite_names_stage_and_step() -> None:
         count += 1
         return model(x_B).sum() * (float("nan") if count == 8 else 1.0)
 
-    with pytest.raises(UserError, match=r"toy: the loss is not finite at step 7 of 20.*learning_rate"):
+    with pytest.raises(UserError, match=r"toy: the loss is not finite at step 8 of 20; lower its training.learning_rate \(now"):
         train("toy", model, loss_of, lambda g: (torch.ones(1, 1),), TrainingConfig(steps=20), seed=0, device=CPU,
               runtime=RUNTIME)  # fmt: skip
 
