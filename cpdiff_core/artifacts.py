@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,6 +54,23 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     save_file(plain, str(path), metadata=dict(metadata or {}))
+
+
+def check_out(out: Path) -> None:
+    """Whether a folder that a user has named can take what is made. It need not exist, and is not made.
+
+    Raises UserError if there is a file, if the folder is not empty, or if it can be neither made nor written.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out {str(out)!r}: is not empty; choose another folder or remove it")
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"--out {str(out)!r}: {str(there)!r} is a file, not a folder; choose another name")
+        with tempfile.TemporaryDirectory(dir=there, prefix=".probe-"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {str(out)[:200]!r}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def seal(folder: Path) -> None:

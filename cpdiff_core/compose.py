@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cpdiff_core.artifacts import sha256_of
+from cpdiff_core.artifacts import check_out, sha256_of
 from cpdiff_core.config import UserError
 from cpdiff_core.export import write_composed_card
 from cpdiff_core.lora.layout import LoraSpec
@@ -68,8 +68,7 @@ def compose(how: str, folders: Sequence[Path], weights: Sequence[float] | None, 
 
     weights: of `interpolate` one, the share of the second adapter. Raises UserError for what does not fit together.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {str(out)!r}: is not empty; choose another folder or remove it")
+    check_out(out)
     adapters = [read_adapter(folder) for folder in folders]
     first = adapters[0]
     bases = {adapter.base for adapter in adapters}

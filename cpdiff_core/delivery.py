@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from cpdiff_core.artifacts import write_json
+from cpdiff_core.artifacts import check_out, write_json
 from cpdiff_core.bundle import Candidates, Condition, Generator
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.domains.glue.data import ResolvedTask, resolve_task
@@ -56,8 +56,7 @@ def deliver(generator: Generator, request: AdapterRequest, out: Path, runtime: R
 
     Returns lines to print. Raises UserError for what cannot be done.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {str(out)!r}: is not empty; choose another folder or remove it")
+    check_out(out)
     condition = generator.condition(request.task_info, request.examples, request.task)
     if (
         request.merge
@@ -116,9 +115,18 @@ def _known(
     card = generator.card.task(condition.task)
     columns = request.text_columns or card.text_columns
     data = FileData(train=request.select, validation=request.select)
-    return resolve_task(card.text_task(data, text_columns=columns, label_column=request.label_column), None), (
-        generator.heads[condition.task]
-    )
+    try:
+        task = card.text_task(data, text_columns=columns, label_column=request.label_column)
+    except ValidationError as error:
+        raise _wrong_columns(error) from error
+    return resolve_task(task, None), generator.heads[condition.task]
+
+
+def _wrong_columns(error: ValidationError) -> UserError:
+    fault = error.errors()[0]
+    field = ".".join(map(str, fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    return UserError(f"--labels, --text-columns or --label-column: {field + ': ' if field else ''}{message}")
 
 
 def _unseen(generator: Generator, condition: Condition, request: AdapterRequest) -> ResolvedTask:
@@ -142,9 +150,7 @@ def _unseen(generator: Generator, condition: Condition, request: AdapterRequest)
             data=FileData(train=request.few, validation=request.few), description=condition.text or "unseen",
         )  # fmt: skip
     except ValidationError as error:
-        raise UserError(
-            f"--labels or --text-columns: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
-        ) from error
+        raise _wrong_columns(error) from error
     return resolve_task(task, None)
 
 

@@ -84,6 +84,8 @@ class ExperimentConfig(Config):
                 "harvest more or use fewer"
             )
         check_sampling(self.diffusion, self.sampling)
+        if self.condition.kind == "style_image":
+            raise ValueError("condition.kind 'style_image': is for styles; text tasks take task_info, few_shot or one_hot")
         wanting = NEEDS_ALL_CANDIDATES & set(self.arms)
         if self.report_candidates == "chosen" and (wanting or self.audit):
             what = f"the arm {min(wanting)!r}" if wanting else "the audit"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from cpdiff_core.artifacts import check_out
 from cpdiff_core.bundle import Generator, read_card, seal_generator
-from cpdiff_core.config import UserError
 from cpdiff_core.export import write_generator_card
 from cpdiff_core.style_bundle import StyleGenerator
 from cpdiff_core.style_export import write_style_generator_card
@@ -21,9 +21,8 @@ def load_generator(folder: str | Path, device: str | torch.device = "cpu") -> Ge
 
 
 def copy_generator(source: Path, target: Path, compact: bool = False) -> None:
-    """Write the generator in `source` to `target`, in half precision if `compact`. Raises UserError if it is there."""
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--out {str(target)!r}: is not empty; choose another folder or remove it")
+    """Write the generator in `source` to `target`, in half precision if `compact`. Raises as `check_out`."""
+    check_out(target)
     target.mkdir(parents=True, exist_ok=True)
     generator = load_generator(source)
     changes = {"compact": compact or generator.card.compact}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from cpdiff_core.artifacts import write_json
+from cpdiff_core.artifacts import check_out, write_json
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.delivery import SUMMARY
 from cpdiff_core.domains.glue.stacks import device_of
@@ -56,8 +56,7 @@ def deliver_style(generator: StyleGenerator, request: StyleRequest, out: Path, r
 
     Returns lines to print. Raises UserError for what cannot be done, before anything is written.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {str(out)!r}: is not empty; choose another folder or remove it")
+    check_out(out)
     if request.merge and request.num > 1 and not request.select:
         raise UserError("--merge: which of the candidates? choose one with --select FOLDER, or generate --num 1")
     card = generator.card

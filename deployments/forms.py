@@ -47,7 +47,7 @@ def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     try:
         return ExperimentConfig.model_validate(value)
     except ValidationError as error:
-        raise ValueError(first_fault("configuration", error)) from error
+        raise ValueError(first_fault("configuration", error, ExperimentConfig)) from error
 
 
 def _from_json(text: str) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows import cache, generator_commands, study_commands
@@ -39,7 +41,7 @@ def load_experiment(name: str) -> Any:
     if not name.endswith(".json"):
         return STYLE_EXPERIMENTS[name] if name in STYLE_EXPERIMENTS else experiment(name, also=STYLE_EXPERIMENTS)
     try:
-        styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8"))
+        styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError, RecursionError):
         styles = False  # whatever is wrong is said below
     return read_config("experiment file", Path(name), StyleExperimentConfig if styles else ExperimentConfig)
@@ -49,9 +51,9 @@ def read_config(what: str, path: Path, model: type[Any]) -> Any:
     """A configuration from a JSON file. Raises UserError naming the first wrong field."""
     where = f"{what} {str(path)!r}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"{where}: cannot be read ({reason}); check the path") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
@@ -62,25 +64,54 @@ def read_config(what: str, path: Path, model: type[Any]) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise UserError(first_fault(where, error)) from error
+        raise UserError(first_fault(where, error, model)) from error
 
 
-def first_fault(where: str, error: ValidationError) -> str:
-    """One line for the first fault of a configuration: the field, the value, what is expected."""
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose fields occurs twice; json itself would take the last one without a word."""
+    value = dict(fields)
+    if len(value) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)[:60]!r} occurs twice")
+    return value
+
+
+def first_fault(where: str, error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for the first fault of a configuration of `model`: the field, the value, what is expected."""
     faults = error.errors(include_url=False)
     fault = faults[0]
+    if fault["type"] == "missing":  # perhaps its name is only misspelt
+        fault = next((item for item in faults if item["type"] == "extra_forbidden"), fault)
     parts = [str(part) for part in fault["loc"]]
     field = ".".join(part if re.fullmatch(r"[\w.()-]{1,60}", part) else repr(part)[:60] for part in parts)
     shown = repr(fault["input"])
     value = f" (value {shown[:60]})" if fault["type"] != "missing" and not isinstance(fault["input"], dict) else ""
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if fault["type"] == "extra_forbidden":
-        message = "unknown field; check its name"
+        near = difflib.get_close_matches(parts[-1], sorted(_fields_at(model, fault["loc"][:-1])), n=1)
+        message = f"unknown field; nearest: {near[0]}" if near else "unknown field; check its name"
     elif fault["type"] == "union_tag_not_found":
         message = 'needs "kind"; `cpdiff show quickstart` prints an example'
     more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     at = f"{field}{value}: " if field else ""  # a fault of several fields together names them itself
     return f"{where}: {at}{message}{more}"
+
+
+def _fields_at(model: type[BaseModel], way: Sequence[str | int]) -> set[str]:
+    """The fields of the part of a configuration that `way` leads to, as pydantic tells it."""
+    found = {model}
+    for step in way:
+        if isinstance(step, str):
+            kinds = {part for part in found if "kind" in part.model_fields and part.model_fields["kind"].default == step}
+            inner = [part.model_fields[step].annotation for part in found if step in part.model_fields]
+            found = kinds or set().union(*map(_models, inner))
+    return set().union(*(part.model_fields for part in found))
+
+
+def _models(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set().union(*map(_models, get_args(annotation)))
 
 
 _HUB_TABLES = tuple(

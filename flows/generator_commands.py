@@ -46,6 +46,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Adapters for a described task, or for a style from one image: PEFT folders with model cards, chosen and compared
     where there is data."""
+    _check_out(out)
     runtime = runtime_of(device, data_dir, threads, progress=not quiet)
     folder = _folder_of(generator, runtime, root)
     from cpdiff_core.delivery import AdapterRequest, deliver
@@ -85,6 +86,7 @@ def export_generator(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write an experiment's generator as a folder that works on any machine, without the training data."""
+    _check_out(out)
     _export(_folder_of(experiment, runtime_of(device, data_dir, threads, progress=not quiet), root), out, compact)
 
 
@@ -98,6 +100,7 @@ def import_zoo(
     device: Device = "auto", root: Root = None, threads: Threads = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Train a generator on LoRA adapters made elsewhere, and write it as a portable folder."""
+    _check_out(out)
     pairs = [text.partition("=") for text in describe or ()]
     if wrong := [name for name, sign, words in pairs if not (sign and words.strip())]:
         raise UserError(f"--describe {wrong[0]!r}: must be TASK=description")
@@ -121,6 +124,7 @@ def export_zoo(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write an experiment's harvested checkpoints as PEFT folders with a data card."""
+    _check_out(out)
     runtime = runtime_of(device, data_dir, threads, progress=not quiet)
 
     def write() -> str:
@@ -175,6 +179,13 @@ def compare(
         return comparison_table(compare(a, b), experiments[0].name, experiments[1].name)
 
     typer.echo(with_root(root, embedded(first) and embedded(second), table))
+
+
+def _check_out(out: Path) -> None:
+    """Before anything is computed, which may take hours."""
+    from cpdiff_core.artifacts import check_out
+
+    check_out(out)
 
 
 def _compose(how: str, folders: list[Path], weights: list[float] | None, out: Path) -> None:

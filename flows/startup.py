@@ -95,7 +95,7 @@ def embedded(name: str) -> bool:
     if not name.endswith(".json"):
         return name.startswith("quickstart")
     try:
-        value = json.loads(Path(name).read_text(encoding="utf-8"))
+        value = json.loads(Path(name).read_text(encoding="utf-8-sig"))
         kinds = {task["data"]["kind"] for task in value["tasks"]}
         return value.get("base_model", {}).get("name", "minilm-l6") == "minilm-l6" and kinds <= {"excerpt", "files"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

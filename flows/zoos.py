@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from prefect import flow
 
-from cpdiff_core.artifacts import read_json, read_tensors
+from cpdiff_core.artifacts import check_out, read_json, read_tensors
 from cpdiff_core.cards import BaseReference, GeneratorCard, TaskCard
 from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.domains.base_models import FAMILIES, BaseModelConfig, resolve_base_model
@@ -95,8 +95,7 @@ def export_zoo(
         runtime: Where and how fast.
     """
     target = Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--out {out!r}: is not empty; choose another folder or remove it")
+    check_out(target)
     config = experiment.for_seed(0)
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
     heads = fit_heads(resolved, runtime)

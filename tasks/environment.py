@@ -52,7 +52,13 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
             os.environ[name] = value
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    path = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().absolute()
+    wanted = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT)
+    try:
+        path = wanted.expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(
+            f"root {str(wanted)!r}: there is no such home folder; set HOME, or give a folder with --root or {ROOT_VARIABLE}"
+        ) from error
     os.environ[ROOT_VARIABLE] = str(path)
     return path
 
@@ -72,12 +78,12 @@ def _from_dotenv() -> dict[str, str]:
 
 
 def _from_profile() -> dict[str, str]:
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     try:
+        home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
         profiles = tomllib.loads((home / "profiles.toml").read_text(encoding="utf-8"))
         active = os.environ.get("PREFECT_PROFILE", profiles.get("active"))
         return {name: str(value) for name, value in profiles["profiles"][active].items()}
-    except (OSError, ValueError, KeyError, AttributeError):  # none, or one that Prefect itself will complain about
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError):  # none, or one that Prefect itself will complain about
         return {}
 
 

@@ -123,6 +123,9 @@ def test_unseen_regression_is_scored_by_rank_correlation(bundled, tmp_path) -> N
         ({"task": "left", "few": "DATA", "labels": ("a", "b")}, "--select"),
         ({"task": "left", "merge": True}, "--merge"),
         ({"task": "left", "select": "DATA", "text_columns": ("words",)}, "has no column 'words'"),
+        ({"task": "left", "select": "DATA", "text_columns": ("a", "b", "c")}, "--text-columns.*text_columns: .*at most 2"),
+        ({"task": "left", "select": "DATA", "label_column": "text"}, "--label-column: .*'text' is among text_columns"),
+        ({"task_info": "Say.", "examples": EXAMPLES, "few": "DATA", "labels": ("a", "")}, "--labels.*a blank name"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(bundled, data, tmp_path, values, message) -> None:
@@ -130,6 +133,20 @@ def test_what_cannot_be_done_is_refused_with_the_reason(bundled, data, tmp_path,
     with pytest.raises(UserError, match=message):
         run(bundled, tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()
+
+
+def test_place_that_cannot_take_the_adapters_is_named(bundled, tmp_path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for out, message in [
+        (tmp_path / "full", "full': is not empty"),
+        (tmp_path / "full" / "file", "file' is a file, not a folder"),
+        (tmp_path / "full" / "file" / "below", "file' is a file, not a folder"),
+        (Path("/proc/nowhere"), "--out '/proc/nowhere': cannot be written"),
+        (tmp_path / ("x" * 300), "cannot be written \\(File name too long\\)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(bundled, out, task="left")
 
 
 def test_flow_and_command_line_write_the_same_adapters(bundled, data, tmp_path, artifact_root) -> None:

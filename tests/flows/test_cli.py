@@ -66,6 +66,9 @@ def test_unknown_experiment_names_the_nearest(cli: CommandLine) -> None:
         ("[1]", ("must hold one JSON object", "cpdiff show quickstart")),
         ("\x00\xff", ("mine.json", "is not JSON")),
         ('{"tasks": []}', ("tasks", "at least 1 item")),
+        ('\ufeff{"tasks": []}', ("tasks", "at least 1 item")),
+        ('{"tasks": [], "seed": 1, "seed": 2}', ("the field 'seed' occurs twice",)),
+        ('{"taks": []}', ("taks (value []): unknown field; nearest: tasks",)),
     ],
 )
 def test_malformed_file_is_named_with_its_line(cli: CommandLine, tmp_path: Path, text: str, parts) -> None:
@@ -88,7 +91,11 @@ def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 FIELDS = {
-    "unknown field": ("learning_rte", 0.1, ("learning_rte", "unknown field")),
+    "unknown field": ("learning_rte", 0.1, ("learning_rte", "unknown field; check its name")),
+    "misspelt field": ("fine_tune.lerning_rate", 0.1, ("fine_tune.lerning_rate", "unknown field; nearest: learning_rate")),
+    "misspelt field of a kind": ("autoencoder.training.stps", 1, ("autoencoder.conv.training.stps", "nearest: steps")),
+    "misspelt field of a task": ("tasks.1.text_column", ["text"], ("tasks.1.text_column", "nearest: text_columns")),
+    "condition of styles": ("condition", {"kind": "style_image"}, ("condition.kind 'style_image': is for styles",)),
     "rank 0": ("lora.rank", 0, ("lora.rank", "value 0", "greater than or equal to 1")),
     "rank as text": ("lora.rank", "one", ("lora.rank", "'one'", "valid integer")),
     "harvest": ("fine_tune.num_harvest", 9, ("fine_tune", "num_harvest 9", "num_steps is 8", "raise num_steps")),
@@ -138,6 +145,11 @@ def test_unusable_root_and_device_are_named(cli: CommandLine, tmp_path: Path, ti
     assert_fault(cli.run("run", file, "--root", "/proc/nowhere"), "root '/proc/nowhere'", "--root")
     assert_fault(cli.run("run", file, "--device", "abacus"), "--device 'abacus'", "use auto, cpu, cuda")
     assert_fault(cli.run("run", file, "--device", "cuda:99"), "--device 'cuda:99'")
+
+
+def test_root_below_a_home_that_is_not_there_is_named(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    file = write(tmp_path, tiny_values)
+    assert_fault(cli.run("run", file, "--root", "~no-such-user/x"), "root '~no-such-user/x'", "no such home folder", "--root")
 
 
 def test_bad_label_found_in_the_flow_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:

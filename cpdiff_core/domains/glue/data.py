@@ -207,11 +207,9 @@ def _class_number(value: Any, names: tuple[str, ...]) -> float:
 
     1, 1.0 and "1" are the same label, and so are True and "true"; without names for them True is 1 and False is 0.
     """
-    text = str(value)
-    for name in (text, text.strip()):
-        if name in names:
-            return names.index(name)
-    text = text.strip()
+    text, names = str(value).strip(), tuple(name.strip() for name in names)
+    if text in names:
+        return names.index(text)
     if text.casefold() in ("true", "false"):
         folded = [name.casefold() for name in names]
         if "true" in folded or "false" in folded:

@@ -71,8 +71,10 @@ class TextTask(Config):
     def _consistent(self) -> TextTask:
         if self.labels is not None and len(self.labels) < 2:
             raise ValueError(f"task {self.name!r}: labels needs at least two names; use null for regression")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+        if self.labels is not None and len({name.strip() for name in self.labels}) != len(self.labels):
             raise ValueError(f"task {self.name!r}: labels has a name twice")
+        if self.labels is not None and any(not name.strip() for name in self.labels):
+            raise ValueError(f"task {self.name!r}: labels has a blank name; give every class a word")
         if len(set(self.text_columns)) != len(self.text_columns):
             raise ValueError(f"task {self.name!r}: text_columns has {self.text_columns[0]!r} twice; a pair is of two columns")
         if self.label_column in self.text_columns:
