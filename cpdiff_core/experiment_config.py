@@ -16,7 +16,7 @@ from cpdiff_core.domains.glue.fine_tuning import FineTuneConfig
 from cpdiff_core.domains.glue.full_tuning import FullTuningConfig
 from cpdiff_core.domains.glue.heads import HeadConfig
 from cpdiff_core.domains.glue.text_tasks import TextTask
-from cpdiff_core.evaluation.arms import NEEDS_ALL_CANDIDATES, PAPER_ARMS, ArmName
+from cpdiff_core.evaluation.arms import AVERAGE, NEEDS_ALL_CANDIDATES, PAPER_ARMS, ArmName
 from cpdiff_core.generator.autoencoder import AutoencoderConfig, ConvAutoencoderConfig
 from cpdiff_core.generator.conditions import ConditionConfig, TaskInfoFewShotCondition
 from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig, check_sampling
@@ -78,6 +78,8 @@ class ExperimentConfig(Config):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks: the name {twice[0]!r} occurs twice; names must differ")
+        if AVERAGE in names:
+            raise ValueError(f"tasks: the name {AVERAGE!r} is that of the tables' last row; choose another")
         if self.num_checkpoints > self.fine_tune.num_harvest:
             raise ValueError(
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest {self.fine_tune.num_harvest}; "

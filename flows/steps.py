@@ -6,22 +6,30 @@ from collections.abc import Sequence
 
 from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig
+from cpdiff_core.domains.glue.data_checks import check_data
 from cpdiff_core.domains.glue.fine_tuning import HarvestConfig
 from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment
 from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
 from cpdiff_core.reports.inputs import SeedInputs
 from flows.arms import TaskScorer, train_on
 from tasks import arm_stages, stages
+from tasks.report import warn
+from tasks.stage import is_done
 
 
 def fit_heads(resolved: ResolvedExperiment, runtime: RuntimeConfig) -> dict[str, Artifact]:
-    """The head of every task, fixed from step 0 of every run."""
+    """The head of every task, fixed from step 0 of every run. Where one is missing all data are looked through first, so
+    that a fault in a file of validation data is told at once and not after the fine-tuning."""
     config = resolved.config
+    arguments = [
+        (config.head, resolved.base, task, config.splits, config.fine_tune.max_length) for task in resolved.tasks
+    ]
+    if not all(is_done(stages.fit_head.artifact(*given, runtime=runtime)) for given in arguments):
+        for line in [line for task in resolved.tasks for line in check_data(task, config.splits)]:
+            warn(line)
     return {
-        task.name: stages.fit_head(
-            config.head, resolved.base, task, config.splits, config.fine_tune.max_length, runtime=runtime
-        )
-        for task in resolved.tasks
+        task.name: stages.fit_head(*given, runtime=runtime)
+        for task, given in zip(resolved.tasks, arguments, strict=True)
     }
 
 

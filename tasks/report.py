@@ -27,6 +27,13 @@ def stage_ended(count: str, word: str, label: str, remark: str = "") -> None:
         sys.stderr.flush()
 
 
+def warn(text: str) -> None:
+    """Print a line about something that is odd and no fault."""
+    with _guard:
+        tqdm.write(f"WARNING: {text}", file=sys.stderr)
+        sys.stderr.flush()
+
+
 def add(counts: Mapping[str, int]) -> None:
     """Count the stages that ended on a worker elsewhere."""
     with _guard:

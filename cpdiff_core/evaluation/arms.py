@@ -20,6 +20,9 @@ from cpdiff_core.domains.glue.text_tasks import TextTask
 from cpdiff_core.evaluation.scores import OUTPUT_FILE, ReportArtifact, load_report_scores, predictions_of
 from cpdiff_core.evaluation.selection import SelectionScores, oracle
 
+AVERAGE = "average"
+"""The last row of a table, over the tasks; no task can have this name."""
+
 ArmName = Literal[
     "no-LoRA", "last", "original (oracle)", "original (selected)", "annealed", "model soup", "soup fine-tuned",
     "checkpoints (ensemble)", "generated", "generated (mean)", "generated (random)", "generated (ensemble)", "full",

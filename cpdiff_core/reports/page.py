@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdiff_core.artifacts import Artifact, read_json, write_json
+from cpdiff_core.domains.glue.data_checks import remarks
 from cpdiff_core.evaluation.arms import MEANING
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.experiment_config import ExperimentConfig
@@ -218,4 +219,5 @@ def reading_notes(config: ExperimentConfig, inputs: ReportInputs) -> list[str]:
         )
     if any(entry.task.name == "qnli" for entry in entries):
         notes.append("QNLI: if trained on a subset of its training split (12,096 rows), it does not compare with the paper's.")
+    notes += [f"WARNING: {line}." for entry in entries for line in remarks(entry.task, config.splits)]
     return notes + [f"This preset's economy: {text}." for text in config.economies]

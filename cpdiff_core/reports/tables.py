@@ -16,11 +16,11 @@ import torch
 from cpdiff_core.artifacts import read_json, read_tensors, write_json, write_tensors
 from cpdiff_core.domains.glue.data import ResolvedTask
 from cpdiff_core.domains.glue.metrics import compute_metrics
+from cpdiff_core.evaluation.arms import AVERAGE as AVERAGE
 from cpdiff_core.evaluation.arms import ScoredArm, arm_predictions
 from cpdiff_core.evaluation.bootstrap import ResampledScore, TaskKey, average_over_tasks, claim, resample
 from cpdiff_core.reports.inputs import ReportInputs
 
-AVERAGE = "average"
 _WIDE = 6
 Results = dict[str, dict[str, ResampledScore]]
 """task (or `average`) -> arm -> score, pooled over seeds."""

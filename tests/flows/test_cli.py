@@ -100,6 +100,7 @@ FIELDS = {
     "rank as text": ("lora.rank", "one", ("lora.rank", "'one'", "valid integer")),
     "harvest": ("fine_tune.num_harvest", 9, ("fine_tune", "num_harvest 9", "num_steps is 8", "raise num_steps")),
     "checkpoints": ("num_checkpoints", 6, ("num_checkpoints 6", "num_harvest 5", "harvest more or use fewer")),
+    "task named as the last row": ("tasks.1.name", "average", ("the name 'average' is that of the tables' last row",)),
     "task twice": ("tasks.1.name", "left", ("'left' occurs twice",)),
     "metric": ("tasks.0.metrics", ["accuracy", "bleu"], ("tasks.0.metrics.1", "'bleu'", "accuracy")),
     "kind missing": ("autoencoder", {}, ("autoencoder", 'needs "kind"')),
@@ -158,6 +159,30 @@ def test_bad_label_found_in_the_flow_is_one_line(cli: CommandLine, tmp_path: Pat
     assert_fault(
         outcome, "task 'right'", "right-train.jsonl row 0", "label 7 is out of range", "0 to 1 or one of no, yes"
     )
+
+
+def test_fault_of_validation_data_is_told_before_anything_is_computed(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    write_jsonl(tmp_path / "data" / "right-validation.jsonl", [{"text": "w1", "gold": 0}] * 30)
+    outcome = cli.run("run", write(tmp_path, tiny_values), "--data-dir", "data", "--device", "cpu")
+    assert_fault(outcome, "task 'right'", "right-validation.jsonl has no column 'label'; it has text, gold")
+    assert ended(outcome, "Completed") == []
+
+
+def test_odd_data_is_told_at_once_and_under_the_table(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
+    one = [{"text": f"w{number % 40}", "label": "yes"} for number in range(30)]
+    for part in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / f"right-{part}.jsonl", one)
+    tiny_values["tasks"][0]["labels"] = ["no", "yes", "perhaps"]
+    outcome = cli.run("run", write(tmp_path, tiny_values), "--data-dir", "data", "--device", "cpu")
+    assert outcome.code == 0, outcome.stderr
+    for line in (
+        "WARNING: task 'left': no training example is 'perhaps'; that is never learned",
+        "WARNING: task 'right': all 27 training labels are 'yes'; there is nothing to learn",
+        "WARNING: task 'right': 30 of 30 validation examples stand in the training data too",
+    ):
+        assert line in outcome.stderr
+        assert line in outcome.stdout
+    assert outcome.stderr.index("WARNING") < outcome.stderr.index("Completed")
 
 
 def test_loss_that_is_not_finite_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:

@@ -91,6 +91,18 @@ def test_long_examples_are_cut_and_the_description_never(clip: ClipTextEncoder) 
     encode_texts(clip, [prompt])
 
 
+def test_example_of_a_hundred_thousand_words_is_cut_to_what_fits() -> None:
+    prompt = build_prompt(MiniLMEncoder(), None, [" ".join(["film"] * 100_000), "short -> yes"])
+    first, second = prompt.split("\n")
+    assert first == " ".join(["film"] * 127), "half of 256 tokens, less the one that begins the text"
+    assert second == "short -> yes"
+
+
+def test_example_without_blanks_is_cut_by_characters() -> None:
+    prompt = build_prompt(MiniLMEncoder(), "Rate it.", ["\u5929" * 1000 + " -> good"])
+    assert prompt.split("\n") == ["Rate it.", "\u5929" * 251], "256 tokens: two marks, three of the description"
+
+
 def test_description_over_the_limit_is_refused_with_both_counts(clip: ClipTextEncoder) -> None:
     with pytest.raises(UserError, match=r"description of 102 tokens.*takes 77"):
         build_prompt(clip, " ".join(["film"] * 100), ["good"])
