@@ -12,6 +12,7 @@ candidates differ from the full generator's by rounding; those of a full folder 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,9 +237,9 @@ def _located(folder: str | Path) -> Path:
             known = sorted(f"builtin/{item.parent.name}" for item in BUILTIN_FOLDER.glob(f"*/{CARD_FILE}"))
             raise UserError(f"generator {text!r}: is not in this package; it has {', '.join(known) or 'none'}")
         return path
-    path = Path(folder).expanduser()
-    if not (path / CARD_FILE).is_file():
-        raise UserError(f"generator {text!r}: is no folder with {CARD_FILE}; make one with `cpdiff export-generator`")
+    path = Path(os.path.expanduser(folder))
+    if not os.path.isfile(path / CARD_FILE):
+        raise UserError(f"generator {text[:200]!r}: is no folder with {CARD_FILE}; make one with `cpdiff export-generator`")
     return path
 
 

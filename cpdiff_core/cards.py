@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,9 @@ class BaseReference(Config):
 
     @classmethod
     def of(cls, base: BaseModel, revision: str | None = None) -> BaseReference:
-        local = Path(base.name).expanduser().is_dir()
+        local = os.path.isdir(os.path.expanduser(base.name))
         return cls(
-            name=Path(base.name).expanduser().resolve().name if local else base.name, revision=revision,
+            name=Path(os.path.expanduser(base.name)).resolve().name if local else base.name, revision=revision,
             hub_id=None if local else NAMES.get(base.name, base.name), family=base.family,
             files={Path(file.path).name: file.sha256 for file in base.files},
         )  # fmt: skip

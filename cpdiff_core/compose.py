@@ -7,6 +7,7 @@ the rank of the sum is the sum of the ranks. The head is the first adapter's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def compose(how: str, folders: Sequence[Path], weights: Sequence[float] | None, 
 def _weights(adapters: Sequence[PeftAdapter], weights: Sequence[float]) -> list[float]:
     if len(weights) != len(adapters):
         raise UserError(f"--weights: {len(weights)} are given for {len(adapters)} adapters; give one each")
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise UserError(f"--weights {wrong[0]}: is not a finite number; give others")
     return list(weights)
 
 

@@ -90,6 +90,12 @@ def compare_unseen(
         raise UserError(
             f"--few: {len(labels_B)} examples are too few for a head and a comparison; give at least {_FEWEST}"
         )
+    if (names := task.task.labels) is not None and (
+        absent := [name for number, name in enumerate(names) if number not in labels_B]
+    ):
+        raise UserError(f"--few: no example of the class {absent[0]!r}; give some of every class in --labels")
+    if task.task.labels is None and len(set(labels_B)) == 1:
+        raise UserError(f"--few: every target is {labels_B[0]:g}, so there is nothing to fit; give examples that differ")
     predict = _scorer(generator, base, task, runtime)
     num, seed = len(candidates.w_MK), candidates.seed
     y_1E, nearest = candidates.condition.y_1E, generator.nearest_task(candidates.condition)

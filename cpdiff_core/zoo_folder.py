@@ -99,6 +99,8 @@ def _task_of(path: Path, descriptions: Mapping[str, str]) -> ZooTask:
             value = json.loads((path / TASK_FILE).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"zoo {str(path)!r}: {TASK_FILE} is not JSON; mend it") from error
+        if not isinstance(value, dict):
+            raise UserError(f"zoo {str(path)!r}: {TASK_FILE} must hold one JSON object; mend it")
     value = {"description": ""} | value | {"name": path.resolve().name, "num_checkpoints": len(found)}
     if value["name"] in descriptions:
         value["description"] = descriptions[value["name"]]

@@ -6,6 +6,7 @@ Nothing here imports torch or Prefect before it must: HF_HUB_OFFLINE and Prefect
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,9 @@ def checked_device(device: str) -> str:
 def portable(generator: str) -> bool:
     """Whether a generator is named that is ready: builtin/NAME or a folder, else it is an experiment's. Raises UserError
     for a folder that is none. Judged before the heavy imports, for a ready one needs no server."""
-    if generator.startswith("builtin/") or (Path(generator) / "generator.json").is_file():
+    if generator.startswith("builtin/") or os.path.isfile(Path(generator) / "generator.json"):
         return True
-    if Path(generator).is_dir():
+    if os.path.isdir(generator):
         raise UserError(f"generator {generator!r}: has no generator.json; make one with `cpdiff export-generator`")
     return False
 

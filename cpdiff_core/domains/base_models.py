@@ -143,10 +143,10 @@ def fetch_from_hub(repo_id: str, revision: str | None, patterns: tuple[str, ...]
 
 def resolve_base_model(config: BaseModelConfig) -> BaseModel:
     """Find the files of a base model and digest them. Raises UserError if something is missing."""
-    folder = Path(config.name).expanduser()
+    folder = Path(os.path.expanduser(config.name))
     if config.name == "minilm-l6":
         folder = embedded_minilm()
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
         if config.name.startswith((".", "/", "~")):
             raise UserError(f"base_model.name {config.name!r}: no such folder; check the path")
         repo_id = NAMES.get(config.name, config.name)

@@ -24,7 +24,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Settings of other kinds of adapter, under which B A is not the whole of dW.
-_FOREIGN = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias")
+_FOREIGN = (
+    "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "kasa_config",
+)  # fmt: skip
+# Initialisations that change the base model's own weights, so that B A is a change of another base.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,18 @@ def read_adapter(folder: Path) -> PeftAdapter:
     foreign = [name for name in _FOREIGN if value.get(name)]
     if foreign or value.get("bias", "none") != "none":
         raise UserError(f"{where}: {(foreign or ['bias'])[0]} is set; only plain LoRA can be read, save it without")
+    start = str(value.get("init_lora_weights"))
+    if start.startswith(_MOVES_THE_BASE):
+        raise UserError(
+            f"adapter {str(folder)!r}: init_lora_weights {start!r} changes the base model itself; convert it to plain LoRA "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     try:
         alpha = _scaling(value) * value["r"]
         lora = LoraSpec(rank=value["r"], lora_alpha=alpha, lora_dropout=value.get("lora_dropout") or 0.0)
         targets = value["target_modules"]
+        if not isinstance(targets, str):
+            targets = sorted(map(str, targets))
     except (KeyError, TypeError, ZeroDivisionError, ValidationError) as error:
         raise UserError(f"{where}: {CONFIG_FILE} lacks r, lora_alpha or target_modules; save it again") from error
     tensors = _read_weights(folder, where)
@@ -99,6 +112,8 @@ def read_adapter(folder: Path) -> PeftAdapter:
     if ranks - {lora.rank}:
         raise UserError(f"{where}: {CONFIG_FILE} says r = {lora.rank}, its weights have rank {sorted(ranks)}; mend it")
     head = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name not in lora_tensors}
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(f"{where}: {bad[0]} holds values that are not finite; leave this adapter out")
     if isinstance(targets, str):  # a pattern: the modules that it has found stand in the weights
         targets = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in lora_tensors}
     return PeftAdapter(

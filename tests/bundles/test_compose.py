@@ -82,6 +82,8 @@ def test_interpolation_ends_at_both_adapters_and_average_is_the_mean_of_factors(
         ("average", "ac", None, "cpdiff add"),
         ("add", "ad", None, "different base models"),
         ("add", "ab", [1.0], "give one each"),
+        ("average", "ab", [float("nan"), 1.0], "--weights nan: is not a finite number"),
+        ("interpolate", "ab", [float("inf")], "is not a finite number"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(adapters, tmp_path, how, names, weights, message) -> None:

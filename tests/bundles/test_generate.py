@@ -121,6 +121,9 @@ def test_unseen_regression_is_scored_by_rank_correlation(bundled, tmp_path) -> N
         ({"task_info": "Find it.", "examples": EXAMPLES, "few": "DATA", "labels": ("a",)}, "two names"),
         ({"task_info": "Say.", "examples": EXAMPLES, "few": "DATA", "labels": ("a", "b"), "regression": 1}, "one of"),
         ({"task": "left", "few": "DATA", "labels": ("a", "b")}, "--select"),
+        ({"task_info": "Say.", "examples": EXAMPLES, "few": "DATA", "labels": ("no", "yes", "c")}, "no example of the class 'c'"),
+        ({"task_info": "Say.", "examples": EXAMPLES, "few": "SAME", "regression": 1}, "--few: every target is 2"),
+        ({"task": "left", "merge": True, "num": 1, "base": "~no-such-user/x"}, "base_model.name '~no-such-user/x': no such"),
         ({"task": "left", "merge": True}, "--merge"),
         ({"task": "left", "select": "DATA", "text_columns": ("words",)}, "has no column 'words'"),
         ({"task": "left", "select": "DATA", "text_columns": ("a", "b", "c")}, "--text-columns.*text_columns: .*at most 2"),
@@ -129,7 +132,9 @@ def test_unseen_regression_is_scored_by_rank_correlation(bundled, tmp_path) -> N
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(bundled, data, tmp_path, values, message) -> None:
-    values = {key: str(data) if value == "DATA" else value for key, value in values.items()}
+    same = write_jsonl(tmp_path / "same.jsonl", [{"text": f"w{number}", "label": 2} for number in range(8)])
+    files = {"DATA": str(data), "SAME": str(same)}
+    values = {key: files.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
     with pytest.raises(UserError, match=message):
         run(bundled, tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()

@@ -129,5 +129,10 @@ def test_zoos_that_do_not_fit_together_are_each_one_clear_error(bundled, root, t
     ]:
         with pytest.raises(UserError, match=message):
             attempt(*names, **options)
+    for text, message in (("[1]", "must hold one JSON object"), ("{", "is not JSON")):
+        (tmp_path / "a" / "task.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            attempt("a")
+    (tmp_path / "a" / "task.json").unlink()
     with pytest.raises(UserError, match="has no description"):
         import_zoo([str(tmp_path / "a")], {}, None, ZooGeneratorConfig(), bundled.runtime)

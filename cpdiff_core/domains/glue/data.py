@@ -97,7 +97,7 @@ def resolve_task(task: TextTask, data_dir: Path | None) -> ResolvedTask:
         paths = [EXCERPT_FOLDER / f"{data.task}_{split}.parquet" for split in ("train", "validation")]
     elif isinstance(data, FileData):
         base = data_dir or Path()
-        paths = [base / Path(name).expanduser() for name in (data.train, data.validation)]
+        paths = [base / os.path.expanduser(name) for name in (data.train, data.validation)]
     elif isinstance(data, GlueData) and data_dir is not None:
         paths = [data_dir / "glue" / data.task / f"{split}.parquet" for split in ("train", "validation")]
     else:
