@@ -78,9 +78,9 @@ def address(path: Path) -> str | None:
 
 
 def place(path: Path) -> str:
-    """A file in Markdown: as a link if a browser finds it, else as its path."""
+    """A file in Markdown: as a link if a browser finds it, else as its path, which must be free to wrap."""
     link = address(path)
-    return f"`{path}`" if link is None else f"[{path.name}]({link}), `{path}`"
+    return re.sub(r"([\\_*~`<\[])", r"\\\1", str(path)) if link is None else f"[{path.name}]({link})"
 
 
 def headline(report: Path) -> str:
