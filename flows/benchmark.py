@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 
 from cpdiff_core.benchmarks import ALL_PARTS, Bench, Part, parts_of
 from cpdiff_core.config import RuntimeConfig, UserError
@@ -46,14 +47,19 @@ def run_benchmarks(
     name = torch.cuda.get_device_name(bench.device) if bench.gpu else f"CPU, {torch.get_num_threads()} threads"
     path = root() / "benchmarks" / f"{time.strftime('%Y%m%dT%H%M%S')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        rows += chosen[part]()
+    progress: Any = create_progress_artifact(0.0, key="benchmarks-progress", description=f"Of {', '.join(parts)}")
+    for number, part in enumerate(parts, 1):
+        measured = chosen[part]()
+        rows += measured
         frame = pd.DataFrame([row.model_dump() for row in rows])
         frame.insert(0, "device", name)
         frame.to_csv(path, index=False)  # after every part, so that nothing is lost to a kill
-        for row in rows[-3:]:
-            print(f"{part}: {row.work}: {row.ours:.4g} {row.unit}", file=sys.stderr, flush=True)
-    create_table_artifact(table_rows(frame), key="benchmarks")
+        for row in measured:
+            line = f"{part}: {row.work}: {row.ours:.4g} {row.unit}"
+            print(line, file=sys.stderr, flush=True)
+            get_run_logger().info(line)
+        update_progress_artifact(progress, progress=100.0 * number / len(parts))
+    create_table_artifact(table_rows(frame), key="benchmarks", description=f"Speed on {name}")
     return str(path)
 
 
