@@ -95,6 +95,7 @@ def deploy(gpus: int = 1, schedules: Literal["on", "off"] | None = None) -> list
             work_pool_name=item.pool,
             entrypoint_type=EntrypointType.MODULE_PATH,
             tags=list(item.tags),
+            description=flow.description.partition("\nArgs:")[0].strip(),  # the form itself describes its fields
             job_variables={"env": WORKER_ENVIRONMENT},
             schedules=[Cron(item.cron, timezone="UTC", active=active, slug=item.name)] if item.cron else [],
         ).apply()

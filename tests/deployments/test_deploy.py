@@ -54,6 +54,12 @@ def test_nothing_of_this_machine_is_recorded(lines: list[str]) -> None:
         assert item.entrypoint.startswith("deployments.forms.")
 
 
+def test_every_deployment_says_what_it_is_and_leaves_the_fields_to_the_form(lines: list[str]) -> None:
+    for item in deployed().values():
+        assert item.description
+        assert "Args" not in item.description, "the pages run the lines together"
+
+
 def test_gpu_pool_runs_one_flow_per_gpu(lines: list[str]) -> None:
     with get_client(sync_client=True) as client:
         assert client.read_work_pool("gpu").concurrency_limit == 2
