@@ -37,7 +37,7 @@ def run_benchmarks(
         base_model: Name, hub id or folder of the base model.
         steps: Steps per timing of the training loops; 100 on a GPU and 10 on a CPU if None.
         config: The experiment whose generator is timed; on a GPU glue6/minilm-r1, on a CPU the quickstart if None.
-        runtime: Device, data folder and threads. Without a folder glue in it the excerpt of three tasks is used.
+        runtime: Device, data folder and threads. Without a folder glue in it, and on a CPU, the excerpt is used.
     """
     bench = Bench(BaseModelConfig(name=base_model), runtime, steps)
     chosen = parts_of(bench, experiment(config or ("glue6/minilm-r1" if bench.gpu else "quickstart")))
