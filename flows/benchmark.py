@@ -59,7 +59,7 @@ def run_benchmarks(
             print(line, file=sys.stderr, flush=True)
             get_run_logger().info(line)
         update_progress_artifact(progress, progress=100.0 * number / len(parts))
-    create_table_artifact(table_rows(frame), key="benchmarks", description=f"Speed on {name}")
+    create_table_artifact(shown(frame), key="benchmarks", description=f"Speed on {name}")
     return str(path)
 
 
@@ -69,13 +69,24 @@ def table(path: Path) -> str:
         frame = pd.read_csv(path)
     except OSError as error:
         raise UserError(f"benchmark file {str(path)!r}: cannot be read; run `cpdiff benchmark` first") from error
-    lines = ["| work | ours | compared with | ratio | share of matrix rate | peak GiB | note |", "|---|---|---|---|---|---|---|"]
+    rows = shown(frame)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return f"{frame.device.iloc[0]}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """The rows of a run's CSV as people read them."""
+    rows = []
     for row in table_rows(frame):
         compared = f"{row['reference']:.4g}: {row['reference_name']}" if row["reference"] is not None else ""
         ratio, share, peak = (
             form.format(row[name]) if row[name] is not None else ""
             for name, form in (("ratio", "{:.1f} x"), ("rate_share", "{:.1%}"), ("peak_gib", "{:.1f}"))
         )
-        ours = f"{row['ours']:.4g} {row['unit']}"
-        lines.append(f"| {row['work']} | {ours} | {compared} | {ratio} | {share} | {peak} | {row['note'] or ''} |")
-    return f"{frame.device.iloc[0]}\n\n" + "\n".join(lines)
+        rows.append(
+            {
+                "work": row["work"], "ours": f"{row['ours']:.4g} {row['unit']}", "compared with": compared, "ratio": ratio,
+                "share of matrix rate": share, "peak GiB": peak, "note": row["note"] or "",
+            }
+        )  # fmt: skip
+    return rows
