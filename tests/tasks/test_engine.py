@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Cancelling
 
@@ -31,7 +33,7 @@ from toy_stages import (
 
 from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig, UserError
-from tasks.engine import VARIABLE, with_engine
+from tasks.engine import VARIABLE, part_of_a_flow, with_engine
 from tasks.groups import Member, passes_of
 from tasks.stage import folder, is_done, resume_state
 
@@ -70,6 +72,23 @@ def test_results_on_a_cluster_are_those_without_one(artifact_root: Path, schedul
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "plain"}):
         assert with_engine(spread)(CALLS) == [[os.getpid()] * len(values) for values in CALLS]
         assert manifests() == on_dask
+
+
+def test_part_of_a_flow_is_no_run_of_its_own_unless_it_has_a_cluster(
+    artifact_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @flow(persist_result=False)
+    def part() -> str:
+        return str(flow_run.id)
+
+    @flow(persist_result=False)
+    def started() -> list[str]:
+        return [str(flow_run.id), part_of_a_flow(part)()]
+
+    whole, of_the_part = started()
+    assert of_the_part == whole
+    monkeypatch.setenv(VARIABLE, "local:1")
+    assert type(part_of_a_flow(part).task_runner).__name__ == "DaskTaskRunner"
 
 
 def test_local_cluster_has_as_many_processes_as_it_says(artifact_root: Path, start) -> None:
