@@ -144,8 +144,8 @@ def run_experiment_form(
 
     Args:
         experiment: One by name, or a configuration of your own: as JSON (what `cpdiff show quickstart` prints is a start), or
-            field by field. `cpdiff list` says what each name is for; all but quickstart and quickstart-style need data in
-            the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
+            field by field. quickstart needs nothing from outside; `cpdiff list` says what each name is for, and most need
+            data in the worker's CPDIFF_DATA_DIR or the hub, and a GPU.
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads of the run.
     """
