@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows import cache, generator_commands, study_commands
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
-from flows.startup import begin, embedded, runtime_of
+from flows.startup import begin, embedded, interrupted, resumable, runtime_of
 
 app = typer.Typer(
     help="Generate LoRA weights from a description of the task, and learn what they are worth.",
@@ -29,9 +30,6 @@ app = typer.Typer(
 app.add_typer(cache.app, name="cache")
 generator_commands.register(app)
 study_commands.register(app)
-
-INTERRUPTED = "interrupted; run the same command again to go on"
-
 
 def load_experiment(name: str) -> Any:
     """An experiment by name or from a JSON file. Raises UserError naming the first wrong field."""
@@ -145,6 +143,7 @@ def show(name: ExperimentName) -> None:
 
 
 @app.command()
+@resumable()
 def run(
     name: ExperimentName,
     device: Device = "auto",
@@ -179,6 +178,7 @@ def run(
 
 
 @app.command()
+@resumable()
 def benchmark(
     part: Annotated[
         list[str] | None, typer.Option(help="harvest, harvest_large, scoring, generator, growth; all if not given.")
@@ -232,24 +232,28 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error
-    except KeyboardInterrupt:  # typer itself would end without a word
-        _interrupted(signal.SIGINT)
 
 
-def _interrupted(number: int, frame: object = None) -> NoReturn:
-    typer.echo(INTERRUPTED, err=True)
-    sys.exit(128 + number)
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> None:
     """Entry point: a user's fault is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        fault = str(error)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what = f"{str(error.filename)!r}: cannot be used" if error.filename else "what is printed: cannot be written"
+        fault = f"{what} ({error.strerror}); choose another place, or give rights or space"
+    else:
+        return
+    typer.echo(f"error: {' '.join(fault.split())}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

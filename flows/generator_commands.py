@@ -14,7 +14,7 @@ import typer
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
-from flows.startup import begin, embedded, portable, runtime_of
+from flows.startup import begin, embedded, portable, resumable, runtime_of
 
 GeneratorName = Annotated[
     str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json), run first if need be.")
@@ -224,6 +224,7 @@ def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str
     return with_root(root, embedded(generator), bundle)
 
 
+@resumable()
 def with_root(root: Path | None, offline: bool, use: Callable[[], str]) -> str:
     """Prepare root and server, as `cpdiff run` does, and call `use`, which runs a flow."""
     session = begin(root, offline)

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from tasks.environment import check_root, prepare
 from tasks.server import TemporaryServer, start_server
 
 SERVER_SECONDS = 120.0
+INTERRUPTED = "interrupted; run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,21 @@ def begin(root: Path | None, offline: bool) -> Session:
     path = prepare(root, offline=offline)
     check_root(path)
     return Session(path, start_server(path))
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Of commands whose finished stages are kept: Ctrl-C at any moment says so. Typer itself would say Aborted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted(signal.SIGINT)
+
+
+def interrupted(number: int, frame: object = None) -> NoReturn:
+    """End as a program does that a signal has ended, with a line that says how to go on."""
+    print(INTERRUPTED, file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _check_users_server() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from cpdiff_core.config import UserError
 from flows.options import DataDir, Device, Root, Threads
-from flows.startup import begin, runtime_of
+from flows.startup import begin, resumable, runtime_of
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
+@resumable()
 def results(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder that gets RESULTS.md and results/.")] = Path("docs"),
@@ -44,6 +45,7 @@ def results(
     typer.echo(f"{out / 'RESULTS.md'}: {len(chosen)} experiments, {time.monotonic() - started:.0f} s")
 
 
+@resumable()
 def table(
     name: Annotated[str, typer.Argument(help="table1, table3, table4a, table4b, table4c or extra.")],
     base: Annotated[str, typer.Option(help="minilm-l6, bert-base, roberta-base, deberta-base or gpt2.")] = "minilm-l6",
@@ -70,6 +72,7 @@ def table(
     typer.echo(f"table: {made}")
 
 
+@resumable()
 def search(
     out: Annotated[Path, typer.Option(help="JSON file that gets the kept set and the evidence.")],
     base: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,30 @@ def test_server_that_does_not_answer_is_one_line(cli: CommandLine, tmp_path: Pat
     file = write(tmp_path, tiny_values)
     outcome = cli.run("run", file, "--data-dir", "data", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert_fault(outcome, "PREFECT_API_URL 'http://127.0.0.1:9/api/'", "start the server, or unset it")
+
+
+def test_interrupt_before_the_first_stage_says_how_to_go_on(cli: CommandLine, tmp_path: Path) -> None:
+    process = cli.start("table", "table3", "--excerpt")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "stderr").is_file() or "root " not in (tmp_path / "stderr").read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    outcome = cli.outcome(process)
+    assert outcome.code == 130, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert "Traceback" not in outcome.stderr
+
+
+def test_printing_into_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "show", "quickstart"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+    assert done.returncode != 0
+    assert "error: what is printed: cannot be written (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
