@@ -87,7 +87,7 @@ def checked(folder: Path, name: str) -> Path:
 
     Raises UserError that names the file and the stage to run again if it is missing, truncated or altered.
     """
-    remedy = f"delete the folder {str(folder)!r} and run again: stage {folder.parent.name!r} will be recomputed"
+    remedy = _remedy(folder)
     path = folder / name
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -101,6 +101,10 @@ def checked(folder: Path, name: str) -> Path:
     if (sha256_of(path), path.stat().st_size) != expected:
         raise UserError(f"artifact file {str(path)!r}: is truncated or altered; {remedy}")
     return path
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete the folder {str(folder)!r} and run again: stage {folder.parent.name!r} will be recomputed"
 
 
 def verify(folder: Path) -> list[str]:
@@ -123,12 +127,16 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def provenance_of(artifacts: Iterable[Artifact], root: Path) -> dict[Artifact, dict[str, Any]]:
-    """What is known of how each artifact was made; shared ones once, those without a record left out."""
+    """What is known of how each artifact was made; shared ones once, those without a record left out. Raises UserError for
+    a damaged record."""
     found = {}
     for artifact in dict.fromkeys(artifacts):
         path = artifact.under(root) / PROVENANCE
         if path.is_file():
-            found[artifact] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found[artifact] = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"artifact file {str(path)!r}: is damaged; {_remedy(path.parent)}") from error
     return found
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpdiff_core.artifacts import MANIFEST, seal, verify, write_json
+import pytest
+
+from cpdiff_core.artifacts import MANIFEST, PROVENANCE, Artifact, provenance_of, seal, verify, write_json
+from cpdiff_core.config import UserError
 
 
 def test_every_flipped_bit_of_a_manifest_is_named(tmp_path: Path) -> None:
@@ -21,3 +24,13 @@ def test_every_flipped_bit_of_a_manifest_is_named(tmp_path: Path) -> None:
             if not verify(tmp_path):
                 unnoticed.append((place, bit))
     assert unnoticed == []
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_damaged_provenance_names_the_stage_to_run_again(tmp_path: Path, text: str) -> None:
+    artifact = Artifact(stage="fit_head", fingerprint="0" * 20)
+    assert provenance_of([artifact], tmp_path) == {}
+    artifact.under(tmp_path).mkdir(parents=True)
+    (artifact.under(tmp_path) / PROVENANCE).write_text(text)
+    with pytest.raises(UserError, match=r"provenance\.json': is damaged; delete the folder .*stage 'fit_head' will be"):
+        provenance_of([artifact], tmp_path)
