@@ -73,7 +73,9 @@ class TaskInfoCondition(_TextCondition):
 
 class _FewShotCondition(_TextCondition):
     num_examples: int = Field(2, ge=1, description="Examples in one prompt (paper: two).")
-    num_prompts: int = Field(16, ge=1, description="Differently drawn prompts per task for training (ours).")
+    num_prompts: int = Field(
+        128, ge=1, description="Differently drawn prompts per task for training (ours: with 16 a held-out one may be misread)."
+    )
 
 
 class FewShotCondition(_FewShotCondition):
