@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -56,3 +57,12 @@ def test_builtin_gives_adapters_that_peft_loads_on_the_embedded_base(folder: Pat
     with torch.no_grad():
         assert not torch.allclose(adapted(input_ids=ids).logits, plain)
     assert generator.card.base.find().files
+
+
+def test_python_in_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "torch.Size([20, 18432])" in capsys.readouterr().out
+    assert (tmp_path / "adapters" / "candidate-00" / "adapter_model.safetensors").is_file()

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, saved_base
@@ -65,6 +67,9 @@ def test_peft_loads_every_candidate_with_the_logits_and_scores_of_the_report(bun
     assert not torch.equal(reported[0], reported[1])
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.18"), reason="load_adapter of transformers 5.17 leaves the head as it was"
+)
 def test_transformers_load_adapter_and_auto_peft_give_the_same_logits(bundled, delivered, tmp_path) -> None:
     texts, _ = validation(bundled)
     expected = logits(
