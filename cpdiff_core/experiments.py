@@ -66,18 +66,6 @@ QUICKSTART = ExperimentConfig(
     ),
 )
 
-
-@dataclass(frozen=True)
-class BaseChoice:
-    """What a table needs to know of a base model. block_ranges: Table 4c, inclusive."""
-
-    paper_name: str | None
-    ranks: tuple[int, ...]
-    block_ranges: tuple[tuple[int, int], ...]
-    minutes: str
-    full: bool = False
-
-
 GLUE6_CPU = ExperimentConfig(
     name="glue6/minilm-r1-cpu",
     description="All six GLUE tasks on minilm-l6, r=1, shortened for 2 CPU cores; under an hour there.",
@@ -99,6 +87,18 @@ GLUE6_CPU = ExperimentConfig(
         "10 evenly spaced checkpoints of 150 stand for 'original'; only the chosen candidate is scored on validation",
     ),
 )
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """What a table needs to know of a base model. block_ranges: Table 4c, inclusive."""
+
+    paper_name: str | None
+    ranks: tuple[int, ...]
+    block_ranges: tuple[tuple[int, int], ...]
+    minutes: str
+    full: bool = False
+
 
 _TWELVE = ((0, 1), (0, 4), (0, 8), (0, 11))
 BASES: dict[BaseName, BaseChoice] = {

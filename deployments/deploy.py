@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from cpdiff_core.config import UserError
+from flows.startup import told_in_a_line
 
 POOLS = {"gpu": "flows that train or sample; one at a time per GPU", "cpu": "what only reads: comparisons"}
 
@@ -118,8 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from error
+    told_in_a_line(lambda: typer.run(main))

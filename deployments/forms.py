@@ -6,7 +6,6 @@ flows in `flows/`; nothing is computed here.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +24,7 @@ from deployments import confinement
 from deployments.faults import form, in_words_of_the_form, show_one_line
 from deployments.rerun import benchmark_verdict, compare, ended, fresh_roots, on_root, previous_root
 from flows.benchmark import run_benchmarks
-from flows.cli import first_fault
+from flows.cli import first_fault, parse_json
 from flows.generate import generate_adapters
 from flows.pipeline import run_experiment
 from flows.style import run_style_experiment
@@ -37,8 +36,7 @@ from tasks.stage import root
 
 def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     """Of a wrong configuration its first fault, where pydantic would list every experiment's name before it."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = _from_json(value)
+    value = _from_json(value)
     try:
         return validate(value)
     except ValidationError as error:
@@ -50,13 +48,9 @@ def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError(first_fault("configuration", error, ExperimentConfig)) from error
 
 
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"configuration: line {error.lineno}: is not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        raise ValueError(f"configuration: is not JSON ({str(error).splitlines()[0]})") from error
+def _from_json(value: Any) -> Any:
+    """A configuration that has been pasted as JSON, read; anything else as it is."""
+    return parse_json("configuration", value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
 # Titles are what the form writes on the tabs between alternatives.
@@ -89,8 +83,7 @@ def _flow_of(config: ExperimentConfig | StyleExperimentConfig) -> Any:
 
 
 def _name_of(value: Any) -> str:
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = _from_json(value)
+    value = _from_json(value)
     if isinstance(value, str):
         return value
     return str(value["name"] if isinstance(value, dict) else value.name)

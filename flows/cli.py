@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from cpdiff_core.config import RuntimeConfig, UserError
 from flows import cache, generator_commands, study_commands
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
-from flows.startup import begin, embedded, interrupted, resumable, runtime_of
+from flows.startup import begin, embedded, interrupted, resumable, runtime_of, told_in_a_line
 
 app = typer.Typer(
     help="Generate LoRA weights from a description of the task, and learn what they are worth.",
@@ -49,20 +47,27 @@ def read_config(what: str, path: Path, model: type[Any]) -> Any:
     """A configuration from a JSON file. Raises UserError naming the first wrong field."""
     where = f"{what} {str(path)!r}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or ("it is not UTF-8 text" if isinstance(error, UnicodeError) else error)
         raise UserError(f"{where}: cannot be read ({reason}); check the path") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
+    value = parse_json(where, text)
     if not isinstance(value, dict):
         raise UserError(f"{where}: must hold one JSON object; `cpdiff show quickstart` prints an example")
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise UserError(first_fault(where, error, model)) from error
+
+
+def parse_json(where: str, text: str) -> Any:
+    """The value of a JSON text. Raises UserError, also for a field that occurs twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
+        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -234,26 +239,11 @@ def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
         raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error
 
 
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
 def main() -> None:
     """Entry point: a user's fault is one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, interrupted)
-    try:
-        app()
-    except UserError as error:
-        fault = str(error)
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
-        what = f"{str(error.filename)!r}: cannot be used" if error.filename else "what is printed: cannot be written"
-        fault = f"{what} ({error.strerror}); choose another place, or give rights or space"
-    else:
-        return
-    typer.echo(f"error: {' '.join(fault.split())}", err=True)
-    sys.exit(2)
+    told_in_a_line(app)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ Nothing here imports torch or Prefect before it must: HF_HUB_OFFLINE and Prefect
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,26 @@ def interrupted(number: int, frame: object = None) -> NoReturn:
     """End as a program does that a signal has ended, with a line that says how to go on."""
     print(INTERRUPTED, file=sys.stderr)
     sys.exit(128 + number)
+
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def told_in_a_line(command: Callable[[], object]) -> None:
+    """Run a program's entry point: a user's fault, and a place that cannot be written, are one line and exit code 2."""
+    try:
+        command()
+    except UserError as error:
+        fault = str(error)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what = f"{str(error.filename)!r}: cannot be used" if error.filename else "what is printed: cannot be written"
+        fault = f"{what} ({error.strerror}); choose another place, or give rights or space"
+    else:
+        return
+    print(f"error: {' '.join(fault.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _check_users_server() -> None:

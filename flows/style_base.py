@@ -15,7 +15,7 @@ import typer
 
 from cpdiff_core.artifacts import read_json
 from cpdiff_core.config import RuntimeConfig, UserError
-from flows.startup import begin
+from flows.startup import begin, told_in_a_line
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 
@@ -63,8 +63,4 @@ def copy_base(base: Path, quality: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from error
+    told_in_a_line(lambda: typer.run(main))

@@ -72,9 +72,10 @@ def publish_adapters(name: str, said: Sequence[str], out: Path) -> None:
 def address(path: Path) -> str | None:
     """Where a browser finds a file below the process's root; None if CPDIFF_ROOT_URL does not say where the root is."""
     url, root = os.environ.get(URL_VARIABLE), os.environ.get(ROOT_VARIABLE)
-    if not url or not root or not path.resolve().is_relative_to(Path(root).expanduser().resolve()):
+    if not url or not root:
         return None
-    return f"{url.rstrip('/')}/{path.resolve().relative_to(Path(root).expanduser().resolve()).as_posix()}"
+    file, top = path.resolve(), Path(root).expanduser().resolve()
+    return f"{url.rstrip('/')}/{file.relative_to(top).as_posix()}" if file.is_relative_to(top) else None
 
 
 def place(path: Path) -> str:
