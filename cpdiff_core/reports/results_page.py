@@ -18,7 +18,7 @@ _TABLES = {
     "table4a": "Table 4a: normalisation (statistics by coordinate; `task-vector` is our default)",
     "table4b": "Table 4b: condition",
     "table4c": "Table 4c: blocks that are generated (the others keep the last checkpoint)",
-    "extra": "Without the autoencoder",
+    "extra": "Without the autoencoder, and other samplers",
 }
 _ABLATION_ARMS = ("generated", "generated (mean)")
 
@@ -135,12 +135,13 @@ def weights_table(facts: Mapping[str, Facts]) -> str:
 
 def cost_table(facts: Mapping[str, Facts]) -> str:
     lines = [
-        (name, *(_cost(found, stage) for stage in ("harvest_checkpoints", "fit_autoencoder", "fit_diffusion", "score_report")),
+        (name, *(_cost(found, stage) for stage in ("harvest_checkpoints", "fit_autoencoder", "fit_diffusion",
+                                                   "generate_candidates", "score_report")),
          f"{sum(cost.seconds for cost in found.cost.values()):.0f}")
         for name, found in facts.items()
     ]  # fmt: skip
     note = "Seconds of all seeds where each artifact was computed; artifacts shared between rows count in each of them."
-    header = ("experiment", "harvest", "autoencoder", "diffusion", "scoring on validation", "all stages")
+    header = ("experiment", "harvest", "autoencoder", "diffusion", "generation", "scoring on validation", "all stages")
     return f"{note}\n\n" + markdown(header, lines)
 
 
