@@ -73,7 +73,7 @@ def on_excerpt(row: ExperimentConfig) -> ExperimentConfig:
         "scored_checkpoints": 5,
         "autoencoder": autoencoder,
         "diffusion": diffusion.model_copy(update={"training": diffusion.training.model_copy(update={"steps": 150})}),
-        "sampling": QUICKSTART.sampling.model_copy(update={"num_candidates": 5}),
+        "sampling": row.sampling.model_copy(update={"num_candidates": 5}),
         "arms": tuple(arm for arm in row.arms if arm in EXCERPT_ARMS),
         "paper": None,
         "economies": (

@@ -24,5 +24,6 @@ def test_rows_on_the_excerpt_differ_where_the_table_s_rows_do(table: str) -> Non
         kept = ("base_model", "lora", "normalization", "condition", "blocks")
         assert all(getattr(row, name) == getattr(less, name) for name in kept)
         assert less.autoencoder.kind == row.autoencoder.kind
+        assert less.sampling.scheduler == row.sampling.scheduler
         assert less.paper is None
         assert less.economies
