@@ -44,7 +44,7 @@ def write_results(
 ) -> None:
     """RESULTS.md, and beside it the figures, the long tables and the reports of the audited experiments."""
     from cpdiff_core.reports.comparison import comparison_frame, read_row
-    from cpdiff_core.reports.results_page import Finished, results_markdown, worked_mixed_metrics
+    from cpdiff_core.reports.results_page import LINKED_FIGURES, Finished, results_markdown, worked_mixed_metrics
 
     finished = [Finished(item, reports[item.name]) for item in chosen]
     folder = out / "results"
@@ -55,10 +55,10 @@ def write_results(
     for item in finished:
         name = item.name.replace("/", "-")
         shutil.copy(item.report / "facts.json", folder / f"{name}-facts.json")
-        for figure in item.report.glob("*.png"):
-            shutil.copy(figure, folder / f"{name}-{figure.name}")
-        if item.config.audit is not None:
+        if item.config.audit is not None:  # the others' figures are in their reports
             shutil.copy(item.report / "report.html", folder / f"{name}.html")
+            for figure in LINKED_FIGURES:
+                shutil.copy(item.report / f"{figure}.png", folder / f"{name}-{figure}.png")
     mixed = ""
     if {"generated", "original (oracle)"} <= set(finished[0].config.arms):
         mixed = worked_mixed_metrics(rows[0], _all_metrics(finished[0]))

@@ -20,6 +20,7 @@ _TABLES = {
     "table4c": "Table 4c: blocks that are generated (the others keep the last checkpoint)",
     "extra": "Without the autoencoder, and other samplers",
 }
+LINKED_FIGURES = ("novelty", "similarity", "tsne", "trajectory")
 _ABLATION_ARMS = ("generated", "generated (mean)")
 
 
@@ -112,7 +113,7 @@ def claim_table(claims: Sequence[Claim]) -> str:
 
 
 def figure_links(item: Finished) -> str:
-    names = [name for name in ("novelty", "similarity", "tsne", "trajectory") if (item.report / f"{name}.png").is_file()]
+    names = [name for name in LINKED_FIGURES if (item.report / f"{name}.png").is_file()]
     folder = item.name.replace("/", "-")
     return " ".join(f"![{name} of {item.name}](results/{folder}-{name}.png)" for name in names)
 
@@ -140,7 +141,10 @@ def cost_table(facts: Mapping[str, Facts]) -> str:
          f"{sum(cost.seconds for cost in found.cost.values()):.0f}")
         for name, found in facts.items()
     ]  # fmt: skip
-    note = "Seconds of all seeds where each artifact was computed; artifacts shared between rows count in each of them."
+    note = (
+        "Seconds of all seeds where each artifact was computed, waiting for other processes on the same device included; "
+        "artifacts shared between rows count in each of them."
+    )
     header = ("experiment", "harvest", "autoencoder", "diffusion", "generation", "scoring on validation", "all stages")
     return f"{note}\n\n" + markdown(header, lines)
 
