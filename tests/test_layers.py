@@ -14,7 +14,7 @@ PACKAGES = {"cpdiff_core": 0, "tasks": 1, "flows": 2, "deployments": 2}
 # Inside cpdiff_core: what is not named here (experiments, reports, export, ...) is on top.
 CORE = {
     "config": 0,
-    "artifacts": 1, "progress": 1, "lora": 1,
+    "artifacts": 1, "cuda_graphs": 1, "progress": 1, "lora": 1,
     "domains": 2, "generator": 2, "evaluation": 2,
 }  # fmt: skip
 TOP = 3

@@ -22,6 +22,7 @@ from torch import nn
 
 from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.cuda_graphs import capture, warm_up
 from cpdiff_core.progress import track
 
 logger = logging.getLogger(__name__)
@@ -166,17 +167,9 @@ class _Program:
         if compiled:
             self.loss_of = torch.compile(eager_loss, dynamic=False)
         try:
-            with torch.cuda.device(self.device):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):  # libraries choose kernels and allocate workspaces before the capture
-                        self.step(*static)
-                torch.cuda.current_stream().wait_stream(side)
-                self.optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    loss = self.step(*static)
+            warm_up(self.device, lambda: self.step(*static), 3)
+            self.optimizer.zero_grad(set_to_none=True)
+            graph, loss = capture(self.device, lambda: self.step(*static))
         except RuntimeError as error:
             logger.warning("this step cannot be captured as a CUDA graph and runs eagerly: %s", error)
             self.loss_of = eager_loss

@@ -116,5 +116,6 @@ def explorer(found: Sequence[TaskVectors], reading: Reading) -> Explorer | None:
         map={one.task: [(number[series], place) for series, place in one.map_of] for one in found},
         ylabels={one.task: {key: reading.ylabel(key, one.metric) for key in splits} for one in found},
         xlabel=reading.xlabel, distance_name=reading.distance_name,
-        disagreement="; ".join(f"share of {text}" for text in compared), reading=reading.note, good=reading.good,
+        disagreement=f"share of {compared[0] if len(compared) == 1 else 'the examples of its task'}" if compared else "",
+        reading=reading.note, good=reading.good,
     )  # fmt: skip

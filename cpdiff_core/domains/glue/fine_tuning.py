@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 
 from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.cuda_graphs import capture, warm_up
 from cpdiff_core.domains.base_models import FAMILIES, BaseModel, cached_classifier
 from cpdiff_core.domains.glue.data import ResolvedTask, SplitConfig, tokenize
 from cpdiff_core.domains.glue.stacks import Places, Precision, Stack, build_stack, row_length
@@ -397,15 +398,10 @@ class StepProgram:
         """Capture the step at one shape. The run made to warm up is taken back."""
         tuning = self.tuning
         state = [tensor.clone() for tensor in (tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            tuning.train_step(static, num_rows)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        device = tuning.stack.device
+        warm_up(device, lambda: tuning.train_step(static, num_rows), 1)
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other GPUs' threads go on
-            self._losses[num_rows] = tuning.train_step(static, num_rows)
-        self._graphs[num_rows] = graph
+        graph, losses = capture(device, lambda: tuning.train_step(static, num_rows), pool)
+        self._graphs[num_rows], self._losses[num_rows] = graph, losses
         for tensor, before in zip((tuning.w_SK, tuning.adamw.mean_SK, tuning.adamw.square_SK), state, strict=True):
             tensor.copy_(before)

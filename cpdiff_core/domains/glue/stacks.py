@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,13 +74,21 @@ def row_length(longest: int, device: torch.device) -> int:
     return max(-(-longest // 8) * 8, 64 if device.type == "cpu" else 128)
 
 
+THREADS_BESIDE_A_GPU = 8
+"""CPU threads of a process whose arithmetic is on a GPU, unless told otherwise: the little that is left for the processor
+gains nothing from more, and several processes on one machine hinder each other."""
+
+
 def device_of(runtime: RuntimeConfig) -> torch.device:
     """The device a stage computes on; also applies the number of CPU threads."""
-    if runtime.num_threads is not None:
-        torch.set_num_threads(runtime.num_threads)
-    if runtime.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(runtime.device)
+    name = runtime.device if runtime.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    threads = runtime.num_threads
+    if threads is None and device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(torch.get_num_threads(), THREADS_BESIDE_A_GPU)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return device
 
 
 def all_devices(runtime: RuntimeConfig) -> list[str]:
@@ -97,8 +106,10 @@ def build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Pr
 
 
 def forget_stacks() -> None:
-    """Free the stacks kept in memory, for measurements."""
+    """Free the stacks kept in memory and what was compiled for them: another stack would count against torch's limit of
+    programs for one layer, beyond which it runs eagerly."""
     _build_stack.cache_clear()
+    torch.compiler.reset()
 
 
 @lru_cache(maxsize=8)

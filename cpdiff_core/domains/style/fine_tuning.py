@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from cpdiff_core.artifacts import Artifact, ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.cuda_graphs import capture, warm_up
 from cpdiff_core.domains.glue.fine_tuning import AdamW, CheckpointHarvest, batch_rows
 from cpdiff_core.domains.glue.stacks import Precision, device_of
 from cpdiff_core.domains.style.base import StyleBase
@@ -175,15 +176,8 @@ class StyleFineTuning:
         static = tuple(tensor.clone() for tensor in example)
         own = (self.w_SK, self.adamw.mean_SK, self.adamw.square_SK)
         before = [tensor.clone() for tensor in own]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.train_step(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other GPUs' threads go on
-            loss_S = self.train_step(*static)
+        warm_up(self.device, lambda: self.train_step(*static), 2)
+        graph, loss_S = capture(self.device, lambda: self.train_step(*static))
         for tensor, value in zip(own, before, strict=True):
             tensor.copy_(value)
 
