@@ -144,6 +144,15 @@ def test_style_too_small_to_split_is_named(make_style) -> None:
         split_images(make_style("tiny", 2), StyleSplits(), "train", 8)
 
 
+def test_photographs_that_the_embedded_base_was_trained_on_are_training_images_of_the_excerpt() -> None:
+    """The excerpt's column `split` says where each photograph was when the base was made from the whole set."""
+    resolved = resolve_style(excerpt("photo"), None)
+    then = pd.read_parquet(resolved.files[0].path)["split"].to_numpy()
+    images = load_images(resolved, 32)
+    for split in ("train", "selection", "report"):
+        assert set(then[split_rows(images, StyleSplits(), "photo", split)]) == {split}
+
+
 def test_excerpt_splits_four_styles_and_photographs() -> None:
     for name in ("photo", "van_gogh_drawing"):
         images = split_images(resolve_style(excerpt(name), None), StyleSplits(), "train", 32)
