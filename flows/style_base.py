@@ -14,15 +14,14 @@ from typing import Annotated
 import typer
 
 from cpdiff_core.artifacts import read_json
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import RuntimeConfig
 from flows.startup import begin, told_in_a_line
 
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
+GUIDANCE_SCALES = (1.5, 2.0, 3.0, 4.0, 5.0)
 
 
 def main(
     size: Annotated[list[int], typer.Option(help="Image side: 32 (the embedded default) or 64; may be given twice.")],
-    short: Annotated[bool, typer.Option("--short", help="32 px from fewer images, for 2 CPU cores: about an hour.")] = False,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; the preset's if not given.")] = None,
     data_dir: Annotated[Path, typer.Option(help="Folder with vision/pacs_photo.parquet.")] = Path("data"),
     root: Annotated[Path | None, typer.Option(help="Where artifacts are kept.")] = None,
@@ -31,16 +30,14 @@ def main(
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks on a GPU.")] = True,
 ) -> None:
     """Pretrain bases through the cached stages; print the distance to held-out photographs beside the floor."""
-    if short and size != [32]:
-        raise UserError("--short: goes with --size 32 alone; leave one of them out")
     session = begin(root, offline=True)
     runtime = RuntimeConfig(device=device, data_dir=str(data_dir), compile=compiled)
-    from cpdiff_core.style_experiments import BASE_32, BASE_32_CPU, BASE_64
+    from cpdiff_core.style_experiments import BASE_32, BASE_64
     from flows.style import measure_style_base
 
     session.ready()
     for side in size:
-        config = {32: BASE_32_CPU if short else BASE_32, 64: BASE_64}[side]
+        config = {32: BASE_32, 64: BASE_64}[side]
         if steps is not None:
             config = config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
         started = time.monotonic()

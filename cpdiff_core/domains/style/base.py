@@ -113,12 +113,6 @@ class StyleBase(Config):
 def resolve_base(config: EmbeddedBase | PixArtBase) -> StyleBase:
     """Find the files of a base and digest them. Raises UserError if something is missing."""
     if isinstance(config, EmbeddedBase):
-        if not (EMBEDDED_FOLDER / SPEC_FILE).is_file():
-            raise UserError(
-                "base.kind 'embedded': this version of the package comes without its 32 px base; make it with `python -m "
-                f"flows.style_base --size 32 --data-dir DIR --export OUT` and copy OUT/32 to {str(EMBEDDED_FOLDER)!r} "
-                "(--short: fewer steps, for CPUs; docs/OPERATIONS.md)"
-            )
         paths = [EMBEDDED_FOLDER / SPEC_FILE, *sorted(EMBEDDED_FOLDER.glob("*.safetensors"))]
         return _with_files("tiny", EMBEDDED_FOLDER, paths)
     folder = Path(config.name).expanduser()

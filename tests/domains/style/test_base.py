@@ -14,10 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cpdiff_core.config import RuntimeConfig, UserError, fingerprint
-from cpdiff_core.domains.style import base as base_module
 from cpdiff_core.domains.style.base import (
     BLOCK_PATTERN,
-    EMBEDDED_FOLDER,
     TARGET_MODULES,
     TEMPLATES,
     Captions,
@@ -115,18 +113,11 @@ def test_damaged_base_is_one_line(tmp_path: Path) -> None:
         load_transformer(base, ROOT)
 
 
-@pytest.mark.skipif(not EMBEDDED_FOLDER.is_dir(), reason="the embedded tiny base has not been trained yet")
 def test_embedded_base_is_small_and_of_the_documented_size() -> None:
     base = resolve_base(EmbeddedBase())
     assert spec_of(base, ROOT).image_size == 32
     assert sum(Path(file.path).stat().st_size for file in base.files) < 4_500_000
     assert sum(p.numel() for p in load_transformer(base, ROOT).parameters()) == 1_814_448
-
-
-def test_package_without_its_base_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_module, "EMBEDDED_FOLDER", tmp_path / "tiny_base")
-    with pytest.raises(UserError, match=r"without its 32 px base; make it with `python -m flows\.style_base --size 32"):
-        resolve_base(EmbeddedBase())
 
 
 def test_caption_names_content_alone() -> None:
