@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from peft import PeftModel
 from pydantic import Field
-from transformers.utils import logging
 
 from cpdiff_core.artifacts import write_json
 from cpdiff_core.bundle import Generator
@@ -122,6 +120,9 @@ def write_peft_folder(
 
 def write_merged(out: Path, adapter: Path, base: BaseModel, labels: tuple[str, ...] | None) -> None:
     """Write the base with the adapter of a PEFT folder merged in: a plain transformers classifier, with tokenizer."""
+    from peft import PeftModel  # seconds, which cached runs are spared
+    from transformers.utils import logging
+
     model, _ = build_classifier(base, 1 if labels is None else len(labels))
     logging.disable_progress_bar()
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # type: ignore[arg-type]

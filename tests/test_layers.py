@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +58,12 @@ def test_module_imports_only_from_its_own_layer_or_below(path: Path) -> None:
 
 def test_no_module_is_a_drawer_for_everything() -> None:
     assert not [path for path in modules() if path.stem in ("utils", "util", "common", "helpers", "misc")]
+
+
+def test_flows_import_nothing_that_a_cached_run_does_not_need() -> None:
+    stems = {path.stem for path in (PROJECT / "flows").glob("*.py")} - {"__init__", "benchmark"}
+    flows = [f"flows.{stem}" for stem in sorted(stems)]
+    heavy = ("peft", "diffusers", "scipy", "sklearn", "matplotlib", "evaluate", "transformers", "datasets", "torchvision")
+    code = f"import sys, {', '.join(flows)}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
