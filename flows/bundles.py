@@ -42,7 +42,7 @@ def bundle_experiment(
             "experiment that generates whole adapters"
         )
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
-    heads = fit_heads(resolved, runtime)
+    (heads,) = fit_heads((resolved,), runtime)
     runs = runs_of(resolved)
     stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
     zoo = harvest(resolved, heads, runtime)

@@ -58,7 +58,7 @@ def compute_all(experiments: Sequence[ExperimentConfig], runtime: RuntimeConfig)
     resolved = [resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None) for experiment in experiments]
     seeds = [
         (one.model_copy(update={"config": one.config.for_seed(number)}), heads, runtime)
-        for one, heads in [(one, fit_heads(one, runtime)) for one in resolved]
+        for one, heads in zip(resolved, fit_heads(resolved, runtime), strict=True)
         for number in range(one.config.num_seeds)
     ]
     harvest_together([(run, heads) for seed, heads, _ in seeds for run in runs_of(seed)], runtime)

@@ -17,20 +17,21 @@ from tasks.report import warn
 from tasks.stage import is_done
 
 
-def fit_heads(resolved: ResolvedExperiment, runtime: RuntimeConfig) -> dict[str, Artifact]:
-    """The head of every task, fixed from step 0 of every run. Where one is missing all data are looked through first, so
-    that a fault in a file of validation data is told at once and not after the fine-tuning."""
-    config = resolved.config
+def fit_heads(experiments: Sequence[ResolvedExperiment], runtime: RuntimeConfig) -> list[dict[str, Artifact]]:
+    """The head of every task of every experiment, fixed from step 0 of every run; what they share is asked for once. Where
+    one is missing its data are looked through first, so that a fault in a file of validation data is told at once and not
+    after the fine-tuning."""
     arguments = [
-        (config.head, resolved.base, task, config.splits, config.fine_tune.max_length) for task in resolved.tasks
+        {task.name: (one.config.head, one.base, task, one.config.splits, one.config.fine_tune.max_length) for task in one.tasks}
+        for one in experiments
     ]
-    if not all(is_done(stages.fit_head.artifact(*given, runtime=runtime)) for given in arguments):
-        for line in [line for task in resolved.tasks for line in check_data(task, config.splits)]:
-            warn(line)
-    return {
-        task.name: stages.fit_head(*given, runtime=runtime)
-        for task, given in zip(resolved.tasks, arguments, strict=True)
-    }
+    needed = list(dict.fromkeys(given for by_task in arguments for given in by_task.values()))
+    missing = [given for given in needed if not is_done(stages.fit_head.artifact(*given, runtime=runtime))]
+    data = dict.fromkeys((task, splits) for _, _, task, splits, _ in missing)
+    for line in [line for task, splits in data for line in check_data(task, splits)]:
+        warn(line)
+    heads = {given: stages.fit_head(*given, runtime=runtime) for given in needed}
+    return [{name: heads[given] for name, given in by_task.items()} for by_task in arguments]
 
 
 def runs_of(resolved: ResolvedExperiment) -> list[HarvestConfig]:

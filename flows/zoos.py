@@ -98,7 +98,7 @@ def export_zoo(
     check_out(target)
     config = experiment.for_seed(0)
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
-    heads = fit_heads(resolved, runtime)
+    (heads,) = fit_heads((resolved,), runtime)
     runs = runs_of(resolved)
     stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
     zoo = harvest(resolved, heads, runtime)
