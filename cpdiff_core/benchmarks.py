@@ -29,10 +29,11 @@ from cpdiff_core.generator.conditions import one_hot_conditions
 from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig, fit_diffusion
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.measure import Measurement
+from cpdiff_core.style_benchmarks import measure_styles
 
-Part = Literal["harvest", "harvest_large", "scoring", "generator", "quickstart_share", "growth", "several_gpus"]
+Part = Literal["harvest", "harvest_large", "scoring", "generator", "style", "quickstart_share", "growth", "several_gpus"]
 ALL_PARTS: tuple[Part, ...] = (
-    "harvest", "harvest_large", "scoring", "generator", "quickstart_share", "growth", "several_gpus"
+    "harvest", "harvest_large", "scoring", "generator", "style", "quickstart_share", "growth", "several_gpus"
 )  # fmt: skip
 EAGER_STEPS = 200
 """Steps of the eager diffusion training that are timed; the whole training is so many times longer."""
@@ -396,5 +397,6 @@ def parts_of(bench: Bench, config: ExperimentConfig) -> dict[Part, Callable[[], 
     return {
         "harvest": lambda: harvest(bench), "harvest_large": lambda: harvest_large(bench), "scoring": lambda: scoring(bench),
         "generator": lambda: generator(bench, config), "quickstart_share": lambda: quickstart_share(bench),
+        "style": lambda: measure_styles(bench.device, bench.rate, bench.runtime, bench.steps),
         "growth": lambda: growth(bench), "several_gpus": lambda: several_gpus(bench),
     }  # fmt: skip

@@ -186,7 +186,10 @@ def run(
 @resumable()
 def benchmark(
     part: Annotated[
-        list[str] | None, typer.Option(help="harvest, harvest_large, scoring, generator, growth; all if not given.")
+        list[str] | None,
+        typer.Option(
+            help="harvest, harvest_large, scoring, generator, style, quickstart_share, growth, several_gpus; all if not given."
+        ),
     ] = None,
     base_model: Annotated[str, typer.Option(help="Name, hub id or folder of the base model.")] = "minilm-l6",
     steps: Annotated[int, typer.Option(min=5, help="Steps per timing of the training loops.")] = 100,

@@ -67,7 +67,9 @@ def score_style(
     """Write features and first images of every vector of `vectors`, and both distances of each, into `out`."""
     device = device_of(runtime)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    stack = build_stack(config.base, root, config.lora, device, dtype)
+    stack = build_stack(
+        config.base, root, config.lora, device, dtype, compiled=bool(runtime.compile) and device.type == "cuda"
+    )
     spec, codec = spec_of(config.base, root), ImageCodec(config.base, root, device)
     encoded = read_tensors(config.encoded.under(root), ENCODED_FILE)
     prompts, captions = prompt_captions(encoded, read_json(config.encoded.under(root), CLASS_FILE), config.images.num_images)

@@ -24,3 +24,13 @@ def test_benchmark_shows_progress_and_leaves_a_table_and_a_file(artifact_root: P
     assert found["benchmarks-progress"].data == 100.0
     assert all(work in str(found["benchmarks"].data) for work in works)
     assert str(found["benchmarks"].description).startswith("Speed on CPU")
+
+
+def test_styles_are_measured_beside_the_plain_loop(artifact_root: Path) -> None:
+    path = Path(run_benchmarks(("style",), steps=5, runtime=RuntimeConfig(device="cpu", progress=False)))
+    rows = pd.read_csv(path).set_index("work")
+    compared = rows[rows.ratio.notna()]
+    assert [name.rsplit(", ", 1)[-1] for name in compared.index] == ["stacked", "stacked"]
+    assert set(compared.reference_name) == {"one after another through PEFT"}
+    assert (compared.ratio == compared.reference / compared.ours).all()
+    assert ((rows.rate_share[1:] > 0) & (rows.rate_share[1:] < 1)).all()

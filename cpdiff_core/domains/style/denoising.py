@@ -30,12 +30,12 @@ class DenoisingLoss:
 
     def __init__(
         self, base: StyleBase, root: Path, lora: LoraSpec, encoded: Sequence[Artifact], device: torch.device,
-        precision: Precision,
+        precision: Precision, compiled: bool = False,
     ) -> None:  # fmt: skip
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.process = build_scheduler(spec_of(base, root).process, "ddpm")
         self.process.alphas_cumprod = self.process.alphas_cumprod.to(device)
-        self.stack: StackedPixArt = build_stack(base, root, lora, device, dtype)
+        self.stack: StackedPixArt = build_stack(base, root, lora, device, dtype, compiled)
         data = [read_tensors(artifact.under(root), ENCODED_FILE) for artifact in encoded]
         self.counts = [len(tensors["images"]) for tensors in data]
         self.images = torch.cat([tensors["images"] for tensors in data]).to(device)

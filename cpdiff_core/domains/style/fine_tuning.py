@@ -93,8 +93,9 @@ class StyleFineTuning:
             raise UserError(f"lora.lora_dropout {first.lora.lora_dropout:g}: styles train without; set it to 0")
         self.device = device_of(runtime)
         self.data = DenoisingLoss(
-            first.base, root, first.lora, [member.encoded for member in members], self.device, first.fine_tune.precision
-        )
+            first.base, root, first.lora, [member.encoded for member in members], self.device, first.fine_tune.precision,
+            compiled=bool(runtime.compile) and self.device.type == "cuda",
+        )  # fmt: skip
         for member, count in zip(members, self.data.counts, strict=True):
             if count < self.fine_tune.batch_size:
                 raise UserError(

@@ -74,7 +74,13 @@ def initial_adapter(base: StyleBase, root: Path, lora: LoraSpec, seed: int) -> t
     return initial_vector(load_transformer(base, root), lora, TARGET_MODULES, BLOCK_PATTERN, seed)
 
 
-def build_stack(base: StyleBase, root: Path, lora: LoraSpec, device: torch.device, dtype: torch.dtype) -> StackedPixArt:
-    """The base ready for adapters of this shape, on a device."""
+def build_stack(
+    base: StyleBase, root: Path, lora: LoraSpec, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> StackedPixArt:
+    """The base ready for adapters of this shape, on a device. compiled: its blocks, as one program that serves all."""
     _, layout = initial_adapter(base, root, lora, 0)
-    return StackedPixArt(load_transformer(base, root), layout, lora.scaling).to(device, dtype)
+    stack = StackedPixArt(load_transformer(base, root), layout, lora.scaling).to(device, dtype)
+    if compiled:
+        for block in stack.transformer.transformer_blocks:
+            block.compile(dynamic=False)
+    return stack
