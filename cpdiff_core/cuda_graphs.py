@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,3 +37,15 @@ def capture(device: torch.device, body: Callable[[], T], pool: Any = None) -> tu
         with context:
             out = body()
     return graph, out
+
+
+def replaying(graph: torch.cuda.CUDAGraph, static: Sequence[torch.Tensor], out: T) -> Callable[..., T]:
+    """A function that copies its arguments to where the graph reads them, `static`, and runs it. Returns `out`."""
+
+    def replay(*inputs: torch.Tensor) -> T:
+        for target, source in zip(static, inputs, strict=True):
+            target.copy_(source)
+        graph.replay()
+        return out
+
+    return replay

@@ -22,7 +22,7 @@ from torch import nn
 
 from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
-from cpdiff_core.cuda_graphs import capture, warm_up
+from cpdiff_core.cuda_graphs import capture, replaying, warm_up
 from cpdiff_core.progress import track
 
 logger = logging.getLogger(__name__)
@@ -176,14 +176,7 @@ class _Program:
             self._copy_into_state(before)
             return self.step
         self._copy_into_state(before)
-
-        def replay(*inputs: torch.Tensor) -> torch.Tensor:
-            for target, source in zip(static, inputs, strict=True):
-                target.copy_(source)
-            graph.replay()
-            return loss
-
-        return replay
+        return replaying(graph, static, loss)
 
     def save(self, resume: ResumeState, step: int) -> None:
         resume.save(self._state() | {"losses": self.losses}, {"step": step})

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from cpdiff_core.artifacts import Artifact, ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
-from cpdiff_core.cuda_graphs import capture, warm_up
+from cpdiff_core.cuda_graphs import capture, replaying, warm_up
 from cpdiff_core.domains.glue.fine_tuning import AdamW, CheckpointHarvest, batch_rows
 from cpdiff_core.domains.glue.stacks import Precision, device_of
 from cpdiff_core.domains.style.base import StyleBase
@@ -181,14 +181,7 @@ class StyleFineTuning:
         graph, loss_S = capture(self.device, lambda: self.train_step(*static))
         for tensor, value in zip(own, before, strict=True):
             tensor.copy_(value)
-
-        def replay(*inputs: torch.Tensor) -> torch.Tensor:
-            for target, source in zip(static, inputs, strict=True):
-                target.copy_(source)
-            graph.replay()
-            return loss_S
-
-        return replay
+        return replaying(graph, static, loss_S)
 
     def _harvest(self) -> None:
         before_end, every = self.fine_tune.num_steps - self.step, self.fine_tune.harvest_every
