@@ -76,7 +76,9 @@ class RuntimeConfig(Config):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:<index>. auto takes a GPU if there is one.")
     data_dir: str | None = Field(None, description="Folder that relative data paths and glue/<task>/ start from.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of one process; None leaves torch's choice.")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of one process; None: torch's choice, at most 8 beside a GPU."
+    )
     adapters_per_batch: int | None = Field(
         None, ge=1, description="LoRA adapters trained or scored in one forward pass; None chooses by memory."
     )

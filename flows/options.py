@@ -15,5 +15,5 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Folder that data paths start from; GLUE is DIR/glue/<task>/*.parquet.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; if not given torch's choice, at most 8 beside a GPU.")]
 Quiet = Annotated[bool, typer.Option(help="No live progress.")]
