@@ -35,6 +35,7 @@ from cpdiff_core.generator.conditions import (
     StyleImageCondition,
     TaskInfoCondition,
     build_prompt,
+    check_text,
     encode_texts,
 )
 from cpdiff_core.generator.diffusion import DiffusionConfig, LatentDiffusion, SamplingConfig
@@ -120,6 +121,8 @@ class Generator:
         known = self.card.task(task) if task is not None else self._described_by(description)
         given = description if description is not None else known.description if known and examples else None
         where = f"generator {self.card.name!r}: its condition is {config.kind}"
+        for text in (*([] if description is None else [description]), *examples):
+            check_text(text)
         if isinstance(config, StyleImageCondition):
             raise UserError(f"{where}, which reads pictures; this command makes adapters for text models")
         if isinstance(config, OneHotCondition | LearnedCondition) and (known is None or examples):
@@ -130,6 +133,11 @@ class Generator:
         assert not isinstance(config, OneHotCondition | LearnedCondition)
         if isinstance(config, TaskInfoCondition) and examples:
             raise UserError(f"{where}, a description alone; leave --example out")
+        if known is None and not examples and description is None:
+            raise UserError(
+                f"generator {self.card.name!r}: nothing says what the adapters are for; give --task with one of "
+                f"{', '.join(self.card.task_names)}, or --task-info, the task in words"
+            )
         if not isinstance(config, TaskInfoCondition) and not examples:
             raise UserError(f"{where}; give --example {config.num_examples} times, each as 'text -> answer'")
         if not isinstance(config, FewShotCondition) and given is None:

@@ -121,7 +121,7 @@ def build_prompt(encoder: MiniLMEncoder | ClipTextEncoder, description: str | No
     Raises UserError for an empty text, for control characters, and for a description over the limit (both counts).
     """
     for text in [*([] if description is None else [description]), *examples]:
-        _check(text)
+        check_text(text)
     if description is None and not examples:
         raise UserError("condition: neither a description nor an example is given; a text condition needs one")
     loaded = _load(encoder, "cpu")
@@ -163,7 +163,7 @@ def encode_texts(
     """
     loaded = _load(encoder, str(device))
     for text in texts:
-        _check(text)
+        check_text(text)
         count = loaded.count(text)
         if count > loaded.limit:
             raise UserError(f"text of {count} tokens: the {encoder.kind} text encoder takes {loaded.limit}; shorten it")
@@ -207,7 +207,8 @@ class ConditionProjection(nn.Module):
         return self.linear((y_BE - self.center_E) / self.scale)  # type: ignore[no-any-return]
 
 
-def _check(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises UserError for a text without words, or with control characters."""
     if not text.strip():
         raise UserError(f"condition text {text!r}: is empty; write a description or give examples that have words")
     control = [c for c in text if unicodedata.category(c) == "Cc" and c not in "\t\n\r"]
