@@ -127,6 +127,7 @@ class GeneratorCard(Config):
     tasks: tuple[TaskCard, ...] = Field(min_length=1)
     compact: bool = Field(False, description="Weights in half precision, no encoder.")
     settings: dict[str, Any] = Field({}, description="Further settings of the run, for the record.")
+    made: dict[str, str] = Field({}, description="Device, commit and time of the diffusion model's training.")
 
     def task(self, name: str) -> TaskCard:
         """Raises UserError with the known names."""

@@ -185,6 +185,7 @@ def _write(
         "statistics": candidates.statistics, "num": num, "seed": candidates.seed, "precision": card.precision,
         "head": "probe, fitted on the few examples" if not known else card.head if head else "none came along",
         "verdict": known.verdict if known else None, "data_terms": "; ".join(terms),
+        "rounded": card.compact and request.select is None and known is not None,
     }  # fmt: skip
     folders = [out / f"candidate-{m:0{len(str(num - 1))}d}" for m in range(num)]
     nearest = nearest_adapter(generator, candidates.w_MK) if generator.references else [None] * num
@@ -231,5 +232,6 @@ def _lines(
         lines.append(f"chosen: {folders[scored.chosen].name}, {scored.chosen_by}; {best.metric} {best.estimate:.1f}")
     else:
         lines.append("not scored and not chosen: give --select DATA to score the candidates on your examples")
-    lines.append(f"{len(folders)} PEFT folders in {out}" + (f", merged model in {out / 'merged'}" if merge else ""))
+    written = "1 PEFT folder" if len(folders) == 1 else f"{len(folders)} PEFT folders"
+    lines.append(f"{written} in {out}" + (f", merged model in {out / 'merged'}" if merge else ""))
     return lines

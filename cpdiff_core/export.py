@@ -80,6 +80,7 @@ class AdapterFacts(Config):
     nearest: NearestAdapter | None = None
     data_terms: str = "unknown"
     precision: str
+    rounded: bool = Field(False, description="Scores are of the run's own adapter, this one of its generator in half precision.")
 
 
 def nearest_adapter(generator: Generator, w_MK: torch.Tensor) -> list[NearestAdapter]:
@@ -125,23 +126,24 @@ def write_merged(out: Path, adapter: Path, base: BaseModel, labels: tuple[str, .
 
     model, _ = build_classifier(base, 1 if labels is None else len(labels))
     logging.disable_progress_bar()
-    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # type: ignore[arg-type]
-    merged.config.problem_type = "regression" if labels is None else "single_label_classification"
-    if labels is not None:
-        merged.config.id2label = dict(enumerate(labels))
-        merged.config.label2id = {label: number for number, label in enumerate(labels)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' own, about names that we do not use
+        merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # type: ignore[arg-type]
+        merged.config.problem_type = "regression" if labels is None else "single_label_classification"
+        if labels is not None:
+            merged.config.id2label = dict(enumerate(labels))
+            merged.config.label2id = {label: number for number, label in enumerate(labels)}
         merged.save_pretrained(str(out))
     logging.enable_progress_bar()
     for pattern in TOKENIZER_FILES:
         for path in base.folder.glob(pattern):
             shutil.copy(path, out / path.name)
-    shutil.copy(adapter / CARD, out / CARD)
+    facts = AdapterFacts.model_validate_json((adapter / FACTS).read_bytes())
+    (out / CARD).write_text(adapter_card(facts, with_head=True, merged=True), encoding="utf-8")
 
 
-def adapter_card(facts: AdapterFacts, with_head: bool) -> str:
-    """The adapter's README.md in the hub's form: metadata in YAML, then prose."""
+def adapter_card(facts: AdapterFacts, with_head: bool, merged: bool = False) -> str:
+    """README.md in the hub's form, metadata in YAML, then prose: of the adapter, or of its base with it merged in."""
     base = facts.base.hub_id or facts.base.name
     results = [
         EvalResult(
@@ -152,9 +154,10 @@ def adapter_card(facts: AdapterFacts, with_head: bool) -> str:
     ]  # fmt: skip
     name = f"{facts.generator} {facts.task} {facts.index}"
     more: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
-    head = metadata(base, "peft", pipeline_tag="text-classification", **more)
+    head = metadata(base, "transformers" if merged else "peft", pipeline_tag="text-classification", **more)
     return render(
-        "adapter.md.j2", facts=facts, with_head=with_head, base=base, metadata=head,
+        "adapter.md.j2", facts=facts, with_head=with_head, base=base, metadata=head, merged=merged,
+        arguments=", ".join(f"\"{column} ...\"" for column in facts.text_columns or ("text",)),
         prompt=json.dumps(facts.prompt, ensure_ascii=False), licence=BASE_LICENCES.get(base, "see its own card"),
         num_labels=len(facts.labels or ("regression",)),
         revision=f', revision="{facts.base.revision}"' if facts.base.revision else "",

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from cpdiff_core import bundle
-from cpdiff_core.artifacts import Artifact, read_tensors, write_json, write_tensors
+from cpdiff_core.artifacts import Artifact, provenance_of, read_tensors, write_json, write_tensors
 from cpdiff_core.cards import GeneratorCard
 from cpdiff_core.config import Config, RuntimeConfig
 from cpdiff_core.domains.glue.stacks import device_of
@@ -49,6 +49,10 @@ def bundle_generator(
     fitted_heads = {
         entry.task: read_tensors(folder(entry.head), HEAD_FILE) for entry in heads if entry.head is not None
     }
+    made = provenance_of([generator.diffusion], root()).get(generator.diffusion, {})
+    card = card.model_copy(
+        update={"made": {key: str(made[key]) for key in ("device", "commit", "finished") if made.get(key)}}
+    )
     fitted = bundle.Generator(
         card, load_normalizer(generator.normalizer), ParameterAutoencoder.load(folder(generator.autoencoder)),
         LatentDiffusion.load(folder(generator.diffusion)),

@@ -37,7 +37,10 @@ def test_card_tells_scores_of_every_candidate_and_names_no_path(bundled) -> None
     assert [round(item.estimate, 9) for item in card.task("left").candidates] == [round(score, 9) for score in scores]
     text = "".join(path.read_text() for path in bundled.folder.glob("*.json") if path.name == "generator.json")
     assert str(bundled.base.folder.parent) not in text
-    assert (bundled.folder / "README.md").read_text().startswith("---\n")
+    readme = (bundled.folder / "README.md").read_text()
+    assert readme.startswith("---\n")
+    assert f"trained on {card.made['device']} at commit {card.made['commit']}, until 20" in readme
+    assert f"cpdiff export-generator {card.name} --out FOLDER" in readme
 
 
 def test_compact_generator_is_smaller_and_nearly_the_same(bundled, tmp_path: Path) -> None:
@@ -81,10 +84,12 @@ def test_condition_known_by_description_by_name_or_unseen(bundled) -> None:
         ({"description": "word " * 600}, "tokens"),
         ({"task": "middle"}, "left, right"),
         ({"description": "Something else."}, "--example 2 times"),
+        ({}, "nothing says what the adapters are for; give --task with one of left, right, or --task-info"),
+        ({"description": ""}, "is empty"),
     ],
 )
 def test_condition_that_cannot_be_used_is_an_error_that_says_why(bundled, arguments, message) -> None:
-    examples = [] if message.startswith("--example") or "task" in arguments else ["a -> b", "c -> d"]
+    examples = ["a -> b", "c -> d"] if arguments.get("description", "").startswith(("word", " ")) else []
     with pytest.raises(UserError, match=message):
         Generator.load(bundled.folder).condition(examples=examples, **arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,26 @@ def test_merged_model_is_a_plain_classifier_with_the_same_logits(bundled, delive
     merged = AutoModelForSequenceClassification.from_pretrained(delivered / "merged")
     torch.testing.assert_close(logits(merged, delivered / "merged", texts), expected, rtol=1e-4, atol=1e-5)
     assert merged.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("name", ["chosen", "merged"])
+def test_python_of_the_card_runs_as_it_stands(name: str, bundled, delivered, capsys) -> None:
+    folder = delivered / (json.loads((delivered / "generation.json").read_text())["chosen"] if name == "chosen" else name)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "# in this order: no, yes" in code
+    places = {'"bert"': str(bundled.base.folder), '"path/to/this/folder"': str(folder)}
+    for words, place in places.items():
+        code = code.replace(words, repr(place))
+    namespace: dict = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert "tensor([[" in capsys.readouterr().out
+    texts, _ = validation(bundled)
+    adapter = delivered / json.loads((delivered / "generation.json").read_text())["chosen"]
+    expected = logits(PeftModel.from_pretrained(plain(bundled), str(adapter)), bundled.base.folder, texts)
+    torch.testing.assert_close(logits(namespace["model"], bundled.base.folder, texts), expected, rtol=1e-4, atol=1e-5)
+    assert ModelCard.load(folder / "README.md").data.to_dict()["library_name"] == ("peft" if name == "chosen" else "transformers")
+    assert ("PeftModel" in code) == (name == "chosen")
 
 
 def test_card_is_valid_for_the_hub_and_tells_the_scores_and_the_nearest_adapter(bundled, delivered) -> None:
