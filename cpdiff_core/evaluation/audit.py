@@ -265,10 +265,13 @@ def verdict(task: str, found: Novelty, alike: Sequence[str], best_trivial: str, 
 
 
 def condition_effect(changed: str, difference: Interval) -> str:
-    """One line on condition causality. difference: right minus changed condition, paired, same statistics."""
-    if difference.low > 0:
-        return f"the condition matters: with {changed} the score drops by {difference} points"
-    return f"the condition does nothing that shows: with {changed} the score changes by {difference} points"
+    """One line on causality. difference: right minus changed condition (or statistics), paired, all else equal."""
+    matters, nothing = (
+        ("the statistics matter", "the statistics do nothing that shows")
+        if changed.endswith("statistics")
+        else ("the condition matters", "the condition does nothing that shows")
+    )
+    return f"{matters if difference.low > 0 else nothing}: with {changed} the score drops by {difference} points"
 
 
 def _pair_mean(symmetric: Floats) -> float | None:

@@ -164,4 +164,7 @@ def test_the_best_trivial_family_is_picked_on_selection_scores_only():
 
 def test_a_condition_without_effect_is_said_to_do_nothing():
     assert "does nothing" in audit.condition_effect("a shuffled condition", TIE)
-    assert "matters" in audit.condition_effect("no condition", Interval(estimate=3.0, low=1.0, high=5.0))
+    drop = Interval(estimate=3.0, low=1.0, high=5.0)
+    assert audit.condition_effect("no condition", drop).startswith("the condition matters: ")
+    assert audit.condition_effect("another task's statistics", drop).startswith("the statistics matter: ")
+    assert audit.condition_effect("another task's statistics", TIE).startswith("the statistics do nothing that shows: ")
