@@ -46,7 +46,7 @@ _TUNED = Path(__file__).parent / "tuned"
 
 QUICKSTART = ExperimentConfig(
     name="quickstart",
-    description="The whole method on an excerpt of three GLUE tasks with MiniLM-L6; about 5 minutes on 2 CPU cores.",
+    description="The whole method on an excerpt of three GLUE tasks with MiniLM-L6; 3 to 4 minutes on 2 idle CPU cores.",
     tasks=(excerpt("sst2"), excerpt("cola"), excerpt("stsb")),
     splits=SplitConfig(max_selection=96, max_report=200),
     head=HeadConfig(max_examples=500),
@@ -91,7 +91,7 @@ GLUE6_CPU = ExperimentConfig(
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """What a table needs to know of a base model. block_ranges: Table 4c, inclusive."""
+    """What a table needs to know of a base model. block_ranges: Table 4c, inclusive. minutes: of a row of Table 1."""
 
     paper_name: str | None
     ranks: tuple[int, ...]
@@ -102,7 +102,7 @@ class BaseChoice:
 
 _TWELVE = ((0, 1), (0, 4), (0, 8), (0, 11))
 BASES: dict[BaseName, BaseChoice] = {
-    "minilm-l6": BaseChoice(None, (1, 2, 4, 16), ((0, 0), (0, 2), (0, 4), (0, 5)), "about 2 minutes on one H100"),
+    "minilm-l6": BaseChoice(None, (1, 2, 4, 16), ((0, 0), (0, 2), (0, 4), (0, 5)), "about 2 minutes on one H100 or H200"),
     "bert-base": BaseChoice("BERT", (1, 2, 4, 16), _TWELVE, "about 10 minutes on one H100 (estimated)", full=True),
     "roberta-base": BaseChoice("RoBERTa", (1, 2, 4), _TWELVE, "about 10 minutes on one H100 (estimated)", full=True),
     "deberta-base": BaseChoice("DeBERTa", (1, 2, 4), _TWELVE, "about 30 minutes on one H100 (estimated)"),
@@ -129,9 +129,10 @@ def glue6(base: BaseName, rank: int, **changes: Any) -> ExperimentConfig:
     """All six GLUE tasks: a row of Table 1. lora_alpha is 8 sqrt(r), which meets the released 8 at r=1 and 32 at r=16."""
     choice = BASES[base]
     short = base.split("-")[0]
+    minutes = choice.minutes if base != "minilm-l6" or rank == 1 else "minutes on one GPU (estimated)"
     values: dict[str, Any] = {
         "name": f"glue6/{short}-r{rank}",
-        "description": f"All six GLUE tasks at full size on {base}, r={rank}: Table 1's row; {choice.minutes}.",
+        "description": f"All six GLUE tasks at full size on {base}, r={rank}: Table 1's row; {minutes}.",
         "base_model": BaseModelConfig(name=base),
         "tasks": tuple(GLUE_TASKS.values()),
         "lora": LoraSpec(rank=rank, lora_alpha=8.0 * rank**0.5),
@@ -149,7 +150,8 @@ _PAPER_BASE: dict[str, BaseName] = {"BERT": "bert-base", "RoBERTa": "roberta-bas
 
 def _row(base: BaseName, table: str, label: str, what: str, paper: PaperRow | None, **changes: Any) -> ExperimentConfig:
     short = base.split("-")[0]
-    text = f"{what}; r=1 on {base}. About a minute on one H100 beyond glue6/{short}-r1, whose checkpoints it shares."
+    more = "About a minute on one H200" if base == "minilm-l6" and not table.startswith("extra") else "Minutes on one GPU"
+    text = f"{what}; r=1 on {base}. {more} beyond glue6/{short}-r1, whose checkpoints it shares."
     values = {"name": f"{table}/{short}-{label}", "description": text, "arms": ABLATION_ARMS, "paper": paper}
     return glue6(base, 1, **(values | changes))
 
@@ -235,10 +237,12 @@ TABLES: dict[TableName, Callable[[BaseName], tuple[ExperimentConfig, ...]]] = {
 }  # fmt: skip
 
 
-def for_results(item: ExperimentConfig, name: str, num_seeds: int = 3, **changes: Any) -> ExperimentConfig:
+def for_results(item: ExperimentConfig, name: str, what: str, num_seeds: int = 3, **changes: Any) -> ExperimentConfig:
     """The same experiment within the budget of docs/RESULTS.md: fewer checkpoints scored, a shorter diffusion."""
     values = {
-        "name": name, "scored_checkpoints": 30, "num_seeds": num_seeds,
+        "name": name,
+        "description": f"{what}, r={item.lora.rank} on minilm-l6; {num_seeds} seeds. Cost: docs/RESULTS.md.",
+        "scored_checkpoints": 30, "num_seeds": num_seeds,
         "diffusion": DiffusionConfig(
             training=TrainingConfig(steps=2000, batch_size=256, learning_rate=2e-3, ema_decay=0.998)
         ),
@@ -261,12 +265,12 @@ def _results() -> tuple[ExperimentConfig, ...]:
             fine_tune = single.fine_tune.model_copy(update={"num_harvest": 150})
             single = single.model_copy(update={"fine_tune": fine_tune})
         audited += [
-            for_results(single, f"results/r{rank}-single", audit=AuditConfig()),
-            for_results(single, f"results/r{rank}-zoo5", audit=AuditConfig(), num_runs=5),
+            for_results(single, f"results/r{rank}-single", "All six GLUE tasks, one run a task", audit=AuditConfig()),
+            for_results(single, f"results/r{rank}-zoo5", "All six GLUE tasks, five runs a task", audit=AuditConfig(), num_runs=5),
         ]
     rows = [row for name in ("table3", "table4a", "table4b", "table4c") for row in TABLES[name]("minilm-l6")]  # type: ignore[index]
     rows += extra("minilm-l6")[:-1]  # the zoo of five runs is among the audited
-    return (*audited, *(for_results(row, f"results/{row.name}") for row in rows))
+    return (*audited, *(for_results(row, f"results/{row.name}", row.description.partition(";")[0]) for row in rows))
 
 
 RESULTS: tuple[ExperimentConfig, ...] = _results()
