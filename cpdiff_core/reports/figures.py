@@ -49,9 +49,9 @@ def drawn_figures(
     first = inputs.seeds[0]
     if first.geometry is not None:
         drawn.append(
-            ("tsne", _tsne(read_tensors(first.geometry.under(root), "tsne.safetensors")), "t-SNE of training (hollow) and "
-             "generated (filled) vectors of the first seed. Distances in such a plot mean little; the table of dispersion "
-             "and separation has them.")
+            ("tsne", _tsne(read_tensors(first.geometry.under(root), "tsne.safetensors")), "t-SNE of training (small, hollow) "
+             "and generated (filled, dark edge) vectors of the first seed. Distances in such a plot mean little; the table of "
+             "dispersion and separation has them.")
         )  # fmt: skip
     if first.trajectory is not None:
         found = Trajectory.model_validate(read_json(first.trajectory.under(root), "trajectory.json"))
@@ -181,11 +181,12 @@ def _tsne(plane: dict[str, Any]) -> Any:
     for i, task in enumerate(tasks):
         colour, marker = COLOURS[i % 7], MARKERS[i % 7]
         x = plane[f"{task}/training"].numpy()
-        axis.scatter(x[:, 0], x[:, 1], s=26, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.8)
-        x = plane[f"{task}/generated"].numpy()
-        axis.scatter(x[:, 0], x[:, 1], s=26, marker=marker, color=colour, label=task)
+        axis.scatter(x[:, 0], x[:, 1], s=14, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.6, alpha=0.6)
+        x = plane[f"{task}/generated"].numpy()  # on top, with a dark edge: the sets lie on each other
+        axis.scatter(x[:, 0], x[:, 1], s=34, marker=marker, facecolors=colour, edgecolors="black", linewidths=0.7, label=task)
     axis.set_xticks([])
     axis.set_yticks([])
+    axis.set_xlabel("t-SNE, no units")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
