@@ -241,7 +241,8 @@ def for_results(item: ExperimentConfig, name: str, what: str, num_seeds: int = 3
     """The same experiment within the budget of docs/RESULTS.md: fewer checkpoints scored, a shorter diffusion."""
     values = {
         "name": name,
-        "description": f"{what}, r={item.lora.rank} on minilm-l6; {num_seeds} seeds. Cost: docs/RESULTS.md.",
+        "description": f"{what}, r={item.lora.rank} on minilm-l6; {num_seeds} seeds; minutes of a shared H200, see "
+        "docs/RESULTS.md.",
         "scored_checkpoints": 30, "num_seeds": num_seeds,
         "diffusion": DiffusionConfig(
             training=TrainingConfig(steps=2000, batch_size=256, learning_rate=2e-3, ema_decay=0.998)
