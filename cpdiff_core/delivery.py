@@ -3,7 +3,7 @@
 A training task brings its head and its statistics. A task that the generator has never seen has neither: a head is
 fitted as a probe on a few examples of it and the statistics are pooled, and since a generator that learns weights by
 heart says nothing about new tasks, the result is compared, on examples that the head has not seen, with no adapter,
-with the nearest training task's adapter and with a shuffled condition (METHOD.md section 4). Without such examples
+with the nearest training task's adapter and with a shuffled condition. Without such examples
 nothing can be made of an adapter, so the request is refused.
 """
 

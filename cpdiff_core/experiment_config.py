@@ -26,7 +26,7 @@ from cpdiff_core.paper import PaperRow
 
 
 class AuditConfig(Config):
-    """Is it generation or memorisation: what is computed besides the arms (METHOD.md section 4)."""
+    """Is it generation or memorisation: what is computed besides the arms."""
 
     num_trivial: int = Field(20, ge=2, description="Vectors of each trivial family, as many as candidates.")
     num_changed: int = Field(8, ge=2, description="Candidates of each changed condition (ours).")

@@ -1,6 +1,6 @@
 """The paper's own numbers: every cell of Tables 1 to 4 as printed (`paper_tables.json`).
 
-The paper prints no metric names; MRPC and STS-B may mix F1 or Pearson with the combined score (METHOD.md section 3),
+The paper prints no metric names; MRPC and STS-B may mix F1 or Pearson with the combined score,
 so the numbers stand beside ours and are never subtracted from them.
 """
 

@@ -37,7 +37,7 @@ class TaskHead(Config):
     head: Artifact | None = Field(description="Artifact of the stage that made it.")
 
 
-@stage("bundle_generator", label=lambda card: card.name)
+@stage("bundle_generator", 2, label=lambda card: card.name)
 def bundle_generator(
     out: Path, card: GeneratorCard, generator: Generator, heads: tuple[TaskHead, ...], zoo: Zoo, num_references: int
 ) -> None:

@@ -10,7 +10,7 @@ from cpdiff_core.evaluation.arms import ALL_ARMS, ARM_NAMES, MEANING, PAPER_ARMS
 from cpdiff_core.experiments import BASES, EXPERIMENTS, QUICKSTART, RESULTS, TABLES, ExperimentConfig, glue6
 from cpdiff_core.paper import PaperRow, paper_scores
 
-# METHOD.md section 6: generated / original / soup, average of six.
+# The paper's Table 1: generated / original / soup, average of six.
 AVERAGES = {
     "BERT r=1": (76.5, 76.1, 75.8), "BERT r=2": (76.5, 76.2, 76.2), "BERT r=4": (77.3, 77.4, 77.1),
     "BERT r=16": (79.0, 78.9, 78.8), "RoBERTa r=1": (79.2, 79.4, 79.3), "RoBERTa r=2": (79.0, 79.6, 79.5),

@@ -1,6 +1,6 @@
 """Text base models: names, where their files come from, what LoRA adapts, and the shape of their heads.
 
-METHOD.md's table of K / rank is the test of `target_modules`: BERT and RoBERTa 73,728, DeBERTa v1 92,160,
+K / rank is the test of `target_modules`: BERT and RoBERTa 73,728, DeBERTa v1 92,160,
 GPT-2 55,296, MiniLM-L6 18,432. Bare `dense` or `c_proj` would also take the feed-forward layers, so the suffixes
 name the attention's output explicitly.
 """

@@ -1,4 +1,4 @@
-"""Arms: the columns of a results table, and how each is read off stored outputs (METHOD.md sections 2.8 and 4).
+"""Arms: the columns of a results table, and how each is read off stored outputs.
 
 Every arm is some rows of a score artifact and a way to use them: the mean of their scores, their ensemble, or the one
 that is best on validation (the paper's *original*, an oracle). There is no other code for any baseline.

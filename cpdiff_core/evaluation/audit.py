@@ -1,4 +1,4 @@
-"""Is it generation or memorisation? The audit of METHOD.md section 4 (after Zeng et al., arXiv 2506.07998; Sec. 4.4).
+"""Is it generation or memorisation? The audit (after Zeng et al., arXiv 2506.07998; Sec. 4.4).
 
 Everything is measured against the training vectors of the same task: shared mistakes (wrong-prediction IoU), distance
 to the nearest training vector on raw factors and on dW = BA, diversity, and the score against trivial generators at

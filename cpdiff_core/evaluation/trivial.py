@@ -1,4 +1,4 @@
-"""Trivial generators (METHOD.md section 4): new LoRA vectors without learning anything.
+"""Trivial generators: new LoRA vectors without learning anything.
 
 Each family is a function (w_NK, num, seed, scale) -> w_MK of one task's training vectors; the same seed draws the same
 noise at every scale, so distance is a smooth function of scale. At scale 0 a family collapses to what it starts from

@@ -1,4 +1,4 @@
-"""The paper's claims one by one: our test, our interval, and whether it holds, ties or fails (METHOD.md section 6).
+"""The paper's claims one by one: our test, our interval, and whether it holds, ties or fails.
 
 A difference is paired over examples and over seeds, and counts only if both of its 95 % intervals lie on one side of 0
 (`bootstrap.claim`). Where a claim is a conjunction it holds if every part holds and fails if one part fails.

@@ -1,4 +1,4 @@
-"""The figures of Sec. 4.4 and score against novelty (METHOD.md section 4), as PNG and SVG."""
+"""The figures of Sec. 4.4 and score against novelty, as PNG and SVG."""
 
 from __future__ import annotations
 

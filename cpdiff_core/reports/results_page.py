@@ -111,7 +111,7 @@ def choices(config: ExperimentConfig) -> str:
              f"{fine_tune.weight_decay:g}, warm-up {fine_tune.warmup_steps}",
              f"{split}: the search of Sec. 4.1, evidence in `cpdiff_core/tuned/minilm-l6.json`"),
             ("soup fine-tuned: lr and steps", f"{config.soup_tuning.learning_rate}, {config.soup_tuning.num_steps}",
-             "validation averages of a prototype (METHOD.md): favours the control"),
+             "validation averages, before this program: favours the control"),
             ("autoencoder, diffusion, sampler", "defaults", "reconstruction and training loss"),
         ],
     )  # fmt: skip
@@ -253,7 +253,7 @@ def _cost(found: Facts, stage: str) -> str:
 
 
 def worked_mixed_metrics(row: Row, mixed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """METHOD.md section 3 on our own numbers: the generated arm by F1 and Pearson beside an original by combined score.
+    """What mixing metrics would do to our own numbers: the generated arm by F1 and Pearson beside an original by combined score.
 
     mixed: task -> metric -> arm -> points, means over seeds; of the tasks with a combined score. Empty if there is none.
     """

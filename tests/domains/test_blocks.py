@@ -1,4 +1,4 @@
-"""Block ranges of Table 4c: sizes from METHOD.md, filling, and a range that a model does not have."""
+"""Block ranges of Table 4c: sizes, filling, and a range that a model does not have."""
 
 import pytest
 import torch

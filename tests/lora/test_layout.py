@@ -1,4 +1,4 @@
-"""ParameterLayout against PEFT itself, and the sizes of METHOD.md's table."""
+"""ParameterLayout against PEFT itself, and the sizes of the known base models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on from given LoRA vectors: *annealed* runs and the fine-tuned soup (METHOD.md section 4).
+"""Training on from given LoRA vectors: *annealed* runs and the fine-tuned soup.
 
 It starts from w alone: a soup has no optimiser state, and checkpoints are stored without theirs. AdamW's moments
 start at zero after a short warm-up, and the learning rate then decays to 0. The data order is another one than that

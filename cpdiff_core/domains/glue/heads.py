@@ -1,4 +1,4 @@
-"""The classification head of a task: fitted once, fixed from step 0 of every run (DESIGN.md, "Heads").
+"""The classification head of a task: fitted once, fixed from step 0 of every run.
 
 `probe` (default): fitted on the frozen base's features, so that no-LoRA is a linear probe and an honest baseline.
 `random`: transformers' own initialisation, never trained, as in the released code. The head is every parameter that

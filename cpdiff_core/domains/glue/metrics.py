@@ -1,4 +1,4 @@
-"""The GLUE metrics (METHOD.md section 3), for one prediction vector, for many, and for bootstrap resamples.
+"""The GLUE metrics, for one prediction vector, for many, and for bootstrap resamples.
 
 Every score of this project is in **points**: 100 times the usual value, so accuracy and F1 lie in [0, 100],
 Matthews, Pearson and Spearman in [-100, 100]. Names are those of the GLUE metric in the `evaluate` hub.
