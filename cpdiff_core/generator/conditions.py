@@ -95,7 +95,10 @@ class StyleImageCondition(Config):
 
     kind: Literal["style_image"] = "style_image"
     width: int = Field(64, ge=1, description="Width D of the trained projection (ours).")
-    num_images: int = Field(64, ge=1, description="Most training images per style, each a condition of its own (ours).")
+    num_images: int = Field(
+        512, ge=1,
+        description="Training images per style, each a condition of its own (ours: with 64 a held-out one may be misread).",
+    )
 
 
 ConditionConfig = Annotated[
