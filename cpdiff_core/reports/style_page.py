@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
-from cpdiff_core.domains.style.base import StyleBase
+from cpdiff_core.domains.style.base import EmbeddedBase, StyleBase, embedded_quality
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
@@ -184,6 +184,10 @@ def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, qualit
     base, floor = quality
     chosen = {"kid": "KID", "frechet": "Fréchet distance"}[config.select_by]
     ratio = base.distance.estimate / floor.distance.estimate
+    made = ""
+    if isinstance(config.base, EmbeddedBase):
+        then = embedded_quality()
+        made = f" (when it was made, at n = {then['num_images']}: {then['ratio']:.2f})"
     return [
         f"Lower is better. {config.features.distance_name}; ± is the standard deviation of its bootstrap. Values "
         "depend on the number of images: compare rows of one style only, and with their floor, real training images.",
@@ -192,7 +196,7 @@ def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, qualit
         "accepted: share of images that a linear probe on features, fitted on training images of all styles and "
         "photographs, takes for the style.",
         f"The base against photographs held out of its training: {base.distance.spread} at n = {base.num_images}, "
-        f"floor {floor.distance.estimate:.1f} at n = {floor.num_images}, ratio {ratio:.2f}. Far above 1, a style's "
+        f"floor {floor.distance.estimate:.1f} at n = {floor.num_images}, ratio {ratio:.2f}{made}. Far above 1, a style's "
         "no-LoRA row measures the base's failure too.",
         f"{len(inputs.arms)} styles, LoRA rank {config.lora.rank}, {config.num_runs} run(s), "
         f"N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, {config.images.num_images} images per "

@@ -110,6 +110,12 @@ class StyleBase(Config):
         return Path(self.folder) if self.artifact is None else self.artifact.under(root)
 
 
+def embedded_quality() -> dict[str, Any]:
+    """What was measured of the base in this package when it was made: `ratio` to the floor at `num_images`, `copies`."""
+    value: dict[str, Any] = json.loads((EMBEDDED_FOLDER / "quality.json").read_text(encoding="utf-8"))
+    return value
+
+
 def resolve_base(config: EmbeddedBase | PixArtBase) -> StyleBase:
     """Find the files of a base and digest them. Raises UserError if something is missing."""
     if isinstance(config, EmbeddedBase):

@@ -26,6 +26,7 @@ from cpdiff_core.domains.style.base import (
     StyleBase,
     TinyPixArtConfig,
     caption,
+    embedded_quality,
     encode_captions,
     load_transformer,
     resolve_base,
@@ -118,6 +119,9 @@ def test_embedded_base_is_small_and_of_the_documented_size() -> None:
     assert spec_of(base, ROOT).image_size == 32
     assert sum(Path(file.path).stat().st_size for file in base.files) < 4_500_000
     assert sum(p.numel() for p in load_transformer(base, ROOT).parameters()) == 1_814_448
+    measured = embedded_quality()
+    assert measured["ratio"] == pytest.approx(measured["frechet"]["estimate"] / measured["floor"]["estimate"])
+    assert measured["num_images"] == measured["num_real"] == 512
 
 
 def test_caption_names_content_alone() -> None:
