@@ -162,7 +162,7 @@ QUICKSTART_STYLE = StyleExperimentConfig(
     scored_checkpoints=4,
     autoencoder=ConvAutoencoderConfig(training=TrainingConfig(steps=40, batch_size=32, learning_rate=3e-4)),
     condition=StyleImageCondition(num_images=180),
-    diffusion=DiffusionConfig(training=TrainingConfig(steps=300, batch_size=32, learning_rate=1e-3, ema_decay=0.99)),
+    diffusion=DiffusionConfig(training=TrainingConfig(steps=1000, batch_size=32, learning_rate=1e-3, ema_decay=0.99)),
     sampling=SamplingConfig(num_inference_steps=25, num_candidates=4),
     images=ImageSamplingConfig(num_images=64, scheduler="dpmsolver++", num_inference_steps=10, guidance_scale=1.0),
     economies=(
