@@ -85,6 +85,14 @@ def score_claims(setting: str, row: Row) -> list[Claim]:
               f"{_names(fair_soups, 'holds')}",
               "holds" if "holds" in soups.values() else ("ties" if "ties" in soups.values() else "fails")),
     ]  # fmt: skip
+    if "no-LoRA" in average:
+        alone = average["generated"] - average["no-LoRA"]
+        claims.insert(0, Claim("(ours) generated is better than no adapter", setting, "generated (selected) - no-LoRA, average",
+                               difference_text(alone), claim(alone)))  # fmt: skip
+    if "annealed" in average:
+        annealed = average["generated"] - average["annealed"]
+        claims.append(Claim("(ours) generated is better than the annealed run", setting,
+                            "generated (selected) - annealed, average", difference_text(annealed), claim(annealed)))  # fmt: skip
     if "generated (mean)" in average and "model soup" in average:
         soup = average["generated (mean)"] - average["model soup"]
         claims.append(Claim("(ours) a generated vector is better than the soup", setting,
@@ -93,6 +101,11 @@ def score_claims(setting: str, row: Row) -> list[Claim]:
         tuned = average["generated"] - average["soup fine-tuned"]
         claims.append(Claim("(ours) generating beats spending a few steps on the soup", setting,
                             "generated (selected) - soup fine-tuned, average", difference_text(tuned), claim(tuned)))  # fmt: skip
+    if "generated (ensemble)" in average and "checkpoints (ensemble)" in average:
+        ensembles = average["generated (ensemble)"] - average["checkpoints (ensemble)"]
+        claims.append(Claim("(ours) an ensemble of the generated beats one of as many checkpoints", setting,
+                            "generated (ensemble) - checkpoints (ensemble), average", difference_text(ensembles),
+                            claim(ensembles)))  # fmt: skip
     return claims
 
 
