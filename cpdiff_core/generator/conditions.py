@@ -211,12 +211,14 @@ class ConditionProjection(nn.Module):
 
 
 def check_text(text: str) -> None:
-    """Raises UserError for a text without words, or with control characters."""
+    """Raises UserError for a text without words, with control characters, or with bytes that were no UTF-8."""
     if not text.strip():
         raise UserError(f"condition text {text!r}: is empty; write a description or give examples that have words")
     control = [c for c in text if unicodedata.category(c) == "Cc" and c not in "\t\n\r"]
     if control:
         raise UserError(f"condition text {text[:40]!r}: holds the control character {control[0]!r}; remove it")
+    if lone := [c for c in text if unicodedata.category(c) == "Cs"]:
+        raise UserError(f"condition text {text[:40]!r}: holds {lone[0]!r}, which is no character; give the text in UTF-8")
 
 
 class _Loaded:

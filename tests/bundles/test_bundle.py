@@ -81,6 +81,7 @@ def test_condition_known_by_description_by_name_or_unseen(bundled) -> None:
     [
         ({"description": " "}, "is empty"),
         ({"description": "a\x07b"}, "control character"),
+        ({"description": "a\udcffb"}, "which is no character; give the text in UTF-8"),
         ({"description": "word " * 600}, "tokens"),
         ({"task": "middle"}, "left, right"),
         ({"description": "Something else."}, "--example 2 times"),
