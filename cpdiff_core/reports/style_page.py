@@ -66,11 +66,15 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     pictures = Pictures(out)
     explored = explorer(vectors, style_reading(config))
     fallback = {} if explored is None else {name: pictures.source(f"{name}.png") for name in draw_vectors(out, explored)}
-    sheets = [Sheet(sheet.title, pictures.source(sheet.source), sheet.labels) for sheet in write_sheets(out, inputs, root)]
+    sheets, unseen_sheets = (
+        [Sheet(sheet.title, pictures.source(sheet.source), sheet.labels) for sheet in written]
+        for written in (write_sheets(out, inputs, root), write_unseen_sheets(out, inputs, root))
+    )
     between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
     page = render(
         "style.html.j2", {"explore": explored and explored.data(), "interpolation": between, "trajectory": trajectories},
-        config=config, headline=style_headline(results), notes=notes, unseen=unseen, styles=list(results),
+        config=config, headline=style_headline(results), notes=notes, unseen=unseen, unseen_sheets=unseen_sheets,
+        styles=list(results),
         rows=frame.to_dict("records"),
         spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
@@ -104,6 +108,18 @@ def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet
         sheets.append(Sheet(f"{entry.style}, every candidate", name, [f"candidate {row}" for row in range(len(candidates))]))
     base = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
     sheets.append(Sheet("the base itself", _sheet(out, "sheet_base", list(base)), ["sample", "nearest training photograph"]))
+    return sheets
+
+
+def write_unseen_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet]:
+    """Contact sheets of the styles that were left out of training, as PNG in `out`; none if none was."""
+    if inputs.unseen is None:
+        return []
+    sheets, folder = [], inputs.unseen.under(root)
+    for found in read_json(folder, "unseen.json")["styles"]:
+        name = f"sheet_{found['style']}_left_out.png"
+        (out / name).write_bytes(checked(folder, found["sheet"]).read_bytes())
+        sheets.append(Sheet(f"{found['style']}, left out", name, found["labels"]))
     return sheets
 
 

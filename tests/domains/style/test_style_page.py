@@ -25,6 +25,11 @@ def test_style_page_is_looked_through(browser: Browser, style_run: StyleRun, wid
     broken = browser("return [...document.images].filter(i => !i.naturalWidth && i.src).map(i => i.alt)")
     assert broken == []
     assert page.read_text(encoding="utf-8").count("data:image/png") >= 8
+    left_out = browser.all("#left-out img")
+    assert [image.get_attribute("alt").split(":")[0] for image in left_out] == ["ink, left out"]
+    for image, rows in zip(left_out, browser.all("#left-out ol"), strict=True):
+        high, gap, count = browser("return arguments[0].naturalHeight", image), 2, len(rows.find_elements("tag name", "li"))
+        assert (high + gap) % count == 0, "a label for every row of the sheet"
 
     slider = browser.one("#interpolation input")
     shifts = []
