@@ -7,6 +7,7 @@ cluster of local workers, unless CPDIFF_DASK names another.
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.experiments import ExperimentConfig
 from flows.tables import reports_of
 from tasks.stage import bring, folder
+
+_COMPARED = "## What is compared\n"
+FINDINGS = rf"(?ms)^## Findings\n.*?(?=^{_COMPARED})"
+"""A section that people write and a new run keeps."""
 
 
 @flow(name="compute-results", persist_result=False)
@@ -58,13 +63,16 @@ def write_results(
         if item.config.audit is not None:  # the others' figures are in their reports
             shutil.copy(item.report / "report.html", folder / f"{name}.html")
             for figure in LINKED_FIGURES:
-                shutil.copy(item.report / f"{figure}.png", folder / f"{name}-{figure}.png")
+                if (item.report / f"{figure}.png").is_file():
+                    shutil.copy(item.report / f"{figure}.png", folder / f"{name}-{figure}.png")
     mixed = ""
     if {"generated", "original (oracle)"} <= set(finished[0].config.arms):
         mixed = worked_mixed_metrics(rows[0], _all_metrics(finished[0]))
     command = "cpdiff results" + (" --data-dir DIR" if runtime.data_dir else "")
     page = results_markdown(finished, command, datetime.date.today().isoformat(), seconds, mixed)
-    (out / "RESULTS.md").write_text(page, encoding="utf-8")
+    target = out / "RESULTS.md"
+    kept = re.search(FINDINGS, target.read_text(encoding="utf-8")) if target.is_file() else None
+    target.write_text(page.replace(_COMPARED, (kept.group() if kept else "") + _COMPARED, 1), encoding="utf-8")
 
 
 def _all_metrics(item: Any) -> dict[str, dict[str, dict[str, float]]]:

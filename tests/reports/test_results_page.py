@@ -173,3 +173,14 @@ def test_glance_leaves_empty_what_was_not_tested() -> None:
     text = glance([*some, *audit_claims("b", facts)[:1]])
     assert f"| {some[0].text} | {some[0].verdict} | {some[0].verdict} |" in text
     assert f"| {some[1].text} | {some[1].verdict} |  |" in text
+
+
+def test_findings_written_by_hand_are_kept(text_run, tmp_path: Path) -> None:
+    config = ExperimentConfig.model_validate(read_json(text_run.folder, "config.json")["inputs"]["config"])
+    page, heading = tmp_path / "RESULTS.md", "## What is compared"
+    for _ in range(2):
+        write_results([config], {config.name: text_run.folder}, tmp_path, RuntimeConfig(), 12.0)
+        text = page.read_text(encoding="utf-8")
+        if "## Findings" not in text:
+            page.write_text(text.replace(heading, f"## Findings\n\nBy hand.\n\n{heading}"), encoding="utf-8")
+    assert text.count(f"\n\n## Findings\n\nBy hand.\n\n{heading}\n") == 1
