@@ -16,22 +16,32 @@ from torch import nn
 
 from cpdiff_core.artifacts import Artifact, ResumeState, seal
 from cpdiff_core.config import RuntimeConfig
-from cpdiff_core.domains.style.base import TEMPLATES, Captions, StyleBase, caption, encode_captions, load_transformer, spec_of
+from cpdiff_core.domains.style.base import (
+    BLOCK_PATTERN,
+    TARGET_MODULES,
+    TEMPLATES,
+    Captions,
+    StyleBase,
+    caption,
+    encode_captions,
+    load_transformer,
+    spec_of,
+    to_model_range,
+)
 from cpdiff_core.domains.style.encoding import encode_style
 from cpdiff_core.domains.style.fine_tuning import READ_EVERY, StyleFineTuneConfig, StyleFineTuning, StyleHarvestConfig
 from cpdiff_core.domains.style.pretraining import caption_rows, pretrain, save_base
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_images
-from cpdiff_core.domains.style.stack import TARGET_MODULES, build_stack
+from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.domains.style.styles import Style, StyleSplits, excerpt, resolve_style, split_images
 from cpdiff_core.generator.diffusion import build_scheduler
 from cpdiff_core.generator.training import BLOCK_STEPS
 from cpdiff_core.lora.layout import LoraSpec, adapt, layout_of
 from cpdiff_core.measure import Measurement, seconds, synchronize
-from cpdiff_core.style_experiments import BASE_32, BASE_64
+from cpdiff_core.style_experiments import BASE_32, BASE_64, QUICKSTART_STYLE
 
 LORA = LoraSpec(rank=4, lora_alpha=4.0)
 STACKED = (("stacked", False), ("stacked, compiled", True))
-STYLES = (excerpt("art_painting"), excerpt("cartoon"), excerpt("sketch"), excerpt("van_gogh_drawing"))
 
 
 class BlockClock(ResumeState):
@@ -122,7 +132,7 @@ def _lora(bench: StyleBench, steps: int) -> list[Measurement]:
     fine_tune = StyleFineTuneConfig(num_steps=num_steps, num_harvest=1, batch_size=size, precision=bench.precision)
     runs = [
         StyleHarvestConfig(base=bench.base, style=style.name, encoded=bench.encoded(style), lora=LORA, fine_tune=fine_tune)
-        for style in STYLES
+        for style in QUICKSTART_STYLE.styles
     ]
     each = _plain_lora(bench, runs[0], steps if bench.gpu else blocks)
     work = f"LoRA on {len(runs)} styles x {size} images a step, one after another through PEFT"
@@ -150,7 +160,7 @@ def _plain_lora(bench: StyleBench, run: StyleHarvestConfig, steps: int) -> float
             synchronize(bench.device)
             begin = time.perf_counter()
         rows, flips, times, noise, _ = tuning.inputs_of(step)
-        images = data.images[rows].float() / 127.5 - 1
+        images = to_model_range(data.images[rows])
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
             out = _plain(model, process.add_noise(images, noise, times), times, captions.rows(data.caption_of[rows]))
@@ -177,7 +187,7 @@ def _sampling(bench: StyleBench) -> list[Measurement]:
     num, count = (8, 256) if bench.gpu else (2, 8)
     config = ImageSamplingConfig(num_images=count, num_inference_steps=25 if bench.gpu else 2)
     model: Any = adapt(load_transformer(bench.base, bench.folder), LORA, TARGET_MODULES, 0).to(bench.device).eval()
-    layout = layout_of(model, r"transformer_blocks\.(\d+)\.")
+    layout = layout_of(model, BLOCK_PATTERN)
     w_VK = 0.02 * torch.randn(num, layout.num_parameters, generator=torch.Generator().manual_seed(0))
     prompts = torch.arange(count) % (len(bench.captions.mask_PT) - 1)
     captions = bench.captions.rows(torch.cat([prompts, torch.tensor([len(bench.captions.mask_PT) - 1])]))

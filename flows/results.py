@@ -49,7 +49,7 @@ def write_results(
 ) -> None:
     """RESULTS.md, and beside it the figures, the long tables and the reports of the audited experiments."""
     from cpdiff_core.reports.comparison import comparison_frame, read_row
-    from cpdiff_core.reports.results_page import LINKED_FIGURES, Finished, results_markdown, worked_mixed_metrics
+    from cpdiff_core.reports.results_page import Finished, linked_figures, results_markdown, worked_mixed_metrics
 
     finished = [Finished(item, reports[item.name]) for item in chosen]
     folder = out / "results"
@@ -62,9 +62,8 @@ def write_results(
         shutil.copy(item.report / "facts.json", folder / f"{name}-facts.json")
         if item.config.audit is not None:  # the others' figures are in their reports
             shutil.copy(item.report / "report.html", folder / f"{name}.html")
-            for figure in LINKED_FIGURES:
-                if (item.report / f"{figure}.png").is_file():
-                    shutil.copy(item.report / f"{figure}.png", folder / f"{name}-{figure}.png")
+            for figure in linked_figures(item.report):
+                shutil.copy(item.report / f"{figure}.png", folder / f"{name}-{figure}.png")
     mixed = ""
     if {"generated", "original (oracle)"} <= set(finished[0].config.arms):
         mixed = worked_mixed_metrics(rows[0], _all_metrics(finished[0]))

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors, write_json, write_tensors
 from cpdiff_core.config import Config, RuntimeConfig
-from cpdiff_core.domains.glue.stacks import Precision, device_of
+from cpdiff_core.domains.glue.stacks import Precision, compiles_layers, device_of
 from cpdiff_core.domains.style.base import ImageCodec, StyleBase, spec_of
 from cpdiff_core.domains.style.denoising import ENCODED_FILE
 from cpdiff_core.domains.style.distances import frechet_distance, kernel_distance
@@ -67,9 +67,7 @@ def score_style(
     """Write features and first images of every vector of `vectors`, and both distances of each, into `out`."""
     device = device_of(runtime)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    stack = build_stack(
-        config.base, root, config.lora, device, dtype, compiled=bool(runtime.compile) and device.type == "cuda"
-    )
+    stack = build_stack(config.base, root, config.lora, device, dtype, compiles_layers(runtime, device))
     spec, codec = spec_of(config.base, root), ImageCodec(config.base, root, device)
     encoded = read_tensors(config.encoded.under(root), ENCODED_FILE)
     prompts, captions = prompt_captions(encoded, read_json(config.encoded.under(root), CLASS_FILE), config.images.num_images)

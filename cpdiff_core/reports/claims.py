@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from cpdiff_core.evaluation.bootstrap import ResampledScore, claim
+from cpdiff_core.evaluation.bootstrap import Interval, ResampledScore, claim
 from cpdiff_core.reports.comparison import Row
 from cpdiff_core.reports.facts import Difference, Facts
 from cpdiff_core.reports.tables import AVERAGE
@@ -34,8 +34,11 @@ class Claim:
 
 
 def difference_text(difference: ResampledScore) -> str:
-    seeds = difference.seed_interval
-    return f"{difference.interval}" + (f"; seeds [{seeds.low:.1f}, {seeds.high:.1f}]" if seeds else "; one seed")
+    return _intervals(difference.interval, difference.seed_interval)
+
+
+def _intervals(examples: Interval, seeds: Interval | None) -> str:
+    return f"{examples}" + (f"; seeds [{seeds.low:.1f}, {seeds.high:.1f}]" if seeds else "; one seed")
 
 
 def all_hold(verdicts: Sequence[str]) -> str:
@@ -134,7 +137,7 @@ def audit_claims(setting: str, facts: Facts) -> list[Claim]:
         for task, found in tasks.items()
         if None not in found.training_training_iou
     }  # fmt: skip
-    effects = {task: found.effects["another task's condition"] for task, found in tasks.items()}
+    effects = {task: _told(found.effects["another task's condition"]) for task, found in tasks.items()}
     kept, approach = _trajectory_figures(facts)
     claims = [
         Claim("generated weights are not copies", setting, "in no task and seed are most candidates nearer to a training vector "
@@ -163,14 +166,13 @@ def audit_claims(setting: str, facts: Facts) -> list[Claim]:
               f"last / first {approach:.2g}; last / training's own {kept:.2g} (medians)", _trajectory_verdict(facts)),
         Claim("the condition decides what is generated", setting,
               "right - another task's condition, same statistics and noises, each task: above 0",
-              "; ".join(f"{task} {_difference(found)}" for task, found in effects.items()),
-              all_hold([found.claim if found.over_seeds else "ties" for found in effects.values()])),
+              "; ".join(f"{task} {figures}" for task, (figures, _) in effects.items()),
+              all_hold([verdict for _, verdict in effects.values()])),
     ]  # fmt: skip
     if facts.against_trivial is not None:
-        found = facts.against_trivial
         claims.append(Claim("(ours) generated beats the best trivial generator at equal distance", setting,
                             "generated (mean of 20) - best family by selection, average of tasks",
-                            _difference(found), found.claim if found.over_seeds else "ties"))  # fmt: skip
+                            *_told(facts.against_trivial)))  # fmt: skip
     return claims
 
 
@@ -213,9 +215,9 @@ def _names(verdicts: Mapping[str, str], wanted: str) -> str:
     return ", ".join(task for task, verdict in verdicts.items() if verdict == wanted) or "none"
 
 
-def _difference(found: Difference) -> str:
-    seeds = found.over_seeds
-    return f"{found.over_examples}" + (f"; seeds [{seeds.low:.1f}, {seeds.high:.1f}]" if seeds else "; one seed")
+def _told(found: Difference) -> tuple[str, str]:
+    """(figures, verdict) of a stored difference; one seed proves nothing."""
+    return _intervals(found.over_examples, found.over_seeds), found.claim if found.over_seeds else "ties"
 
 
 def _sign(low: float, high: float) -> str:

@@ -23,7 +23,7 @@ _TABLES = {
     "table4c": "Table 4c: blocks that are generated (the others keep the last checkpoint; the paper's are 0-1, 0-4, 0-8, 0-11)",
     "extra": "Without the autoencoder, and other samplers",
 }
-LINKED_FIGURES = ("novelty", "similarity", "tsne", "trajectory")
+_LINKED_FIGURES = ("novelty", "similarity", "tsne", "trajectory")
 _ABLATION_ARMS = ("generated", "generated (mean)")
 
 
@@ -199,8 +199,13 @@ def audit_table(facts: Facts) -> str:
     return markdown(names, lines)
 
 
+def linked_figures(report: Path) -> list[str]:
+    """Names of the figures that the page shows of a report."""
+    return [name for name in _LINKED_FIGURES if (report / f"{name}.png").is_file()]
+
+
 def figure_links(item: Finished) -> str:
-    names = [name for name in LINKED_FIGURES if (item.report / f"{name}.png").is_file()]
+    names = linked_figures(item.report)
     folder = item.name.replace("/", "-")
     return " ".join(f"![{name} of {item.name}](results/{folder}-{name}.png)" for name in names)
 

@@ -91,6 +91,11 @@ def device_of(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
+def compiles_layers(runtime: RuntimeConfig, device: torch.device) -> bool:
+    """Whether the layers of a stack are compiled: half a minute, so on a GPU and where it is asked for."""
+    return bool(runtime.compile) and device.type == "cuda"
+
+
 def all_devices(runtime: RuntimeConfig) -> list[str]:
     """The devices that independent work may be spread over: every GPU, unless one (or the CPU) is named."""
     device = device_of(runtime)
@@ -102,7 +107,7 @@ def all_devices(runtime: RuntimeConfig) -> list[str]:
 def build_stack(base: BaseModel, lora: LoraSpec, num_classes: int, precision: Precision, runtime: RuntimeConfig) -> Stack:
     """The base for stacks of adapters of this shape. Kept in memory for the next stage."""
     device = device_of(runtime)
-    return _build_stack(base, lora, num_classes, precision, device, bool(runtime.compile) and device.type == "cuda")
+    return _build_stack(base, lora, num_classes, precision, device, compiles_layers(runtime, device))
 
 
 def forget_stacks() -> None:

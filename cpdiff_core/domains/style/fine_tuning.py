@@ -18,7 +18,7 @@ from cpdiff_core.artifacts import Artifact, ResumeState
 from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.cuda_graphs import capture, replaying, warm_up
 from cpdiff_core.domains.glue.fine_tuning import AdamW, CheckpointHarvest, batch_rows
-from cpdiff_core.domains.glue.stacks import Precision, device_of
+from cpdiff_core.domains.glue.stacks import Precision, compiles_layers, device_of
 from cpdiff_core.domains.style.base import StyleBase
 from cpdiff_core.domains.style.denoising import DenoisingLoss
 from cpdiff_core.domains.style.stack import initial_adapter
@@ -94,7 +94,7 @@ class StyleFineTuning:
         self.device = device_of(runtime)
         self.data = DenoisingLoss(
             first.base, root, first.lora, [member.encoded for member in members], self.device, first.fine_tune.precision,
-            compiled=bool(runtime.compile) and self.device.type == "cuda",
+            compiles_layers(runtime, self.device),
         )  # fmt: skip
         for member, count in zip(members, self.data.counts, strict=True):
             if count < self.fine_tune.batch_size:
