@@ -18,7 +18,7 @@ from pydantic import Field
 from cpdiff_core.artifacts import Artifact, read_tensors, write_json
 from cpdiff_core.bundle import pooled
 from cpdiff_core.config import Config
-from cpdiff_core.domains.style.encoding import FEATURE_FILE
+from cpdiff_core.domains.style.encoding import CONDITION_FILE, FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
 from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact
@@ -27,7 +27,6 @@ from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
 from cpdiff_core.generator.normalization import Normalizer
 from cpdiff_core.reports.style_tables import FLOOR, NO_LORA, StyleCell, floor_cell, load_classifier, style_cell
 
-CONDITION_FILE = "condition.safetensors"
 UNSEEN_TABLE, UNSEEN_FACTS, UNSEEN_TEXT = "unseen.csv", "unseen.json", "unseen.txt"
 NEAREST, FINE_TUNED = "nearest training style's LoRA", "really fine-tuned"
 _COLUMNS = 10

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
+from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, spec_of
 from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
@@ -129,7 +130,7 @@ class StylePipeline:
         normalizer = stages.fit_normalization(config.normalization, zoo)
         autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
         conditions = style_stages.encode_style_conditions(
-            config.condition, config.condition_features, styles, config.splits, self.size, config.seed, runtime=runtime
+            tuple(style.name for style in styles), tuple(self.condition_of(style) for style in styles)
         )
         if isinstance(objective, ThroughBaseObjective):
             images = unseen_stages.TrainingImages(
@@ -145,6 +146,13 @@ class StylePipeline:
                 config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
             )
         return stages.Generator(normalizer=normalizer, autoencoder=autoencoder, conditions=conditions, diffusion=diffusion)
+
+    def condition_of(self, style: ResolvedStyle) -> Artifact:
+        """One style's conditions: computed once, whichever styles a generator is trained on."""
+        config = self.config
+        return style_stages.encode_style_condition(
+            config.condition, config.condition_features, style, config.splits, self.size, config.seed, runtime=self.runtime
+        )
 
     def scoring(self, style: ResolvedStyle) -> StyleScoringConfig:
         config = self.config

@@ -13,7 +13,7 @@ from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.domains.style.base import TEMPLATES, PretrainedBase, StyleBase, caption, encode_captions
 from cpdiff_core.domains.style.distances import fit_style_classifier as compute_classifier
-from cpdiff_core.domains.style.encoding import FEATURE_FILE, encode_features, style_conditions
+from cpdiff_core.domains.style.encoding import CONDITION_FILE, FEATURE_FILE, encode_features, style_condition
 from cpdiff_core.domains.style.encoding import encode_style as compute_encoding
 from cpdiff_core.domains.style.features import FeatureConfig
 from cpdiff_core.domains.style.fine_tuning import StyleFineTuning, StyleHarvestConfig, group_key
@@ -109,15 +109,25 @@ def _commit(work: StyleHarvestConfig, runtime: RuntimeConfig) -> object:
     return harvest_style(work, runtime=runtime)
 
 
-@stage("encode_style_conditions")
-def encode_style_conditions(
-    out: Path, condition: StyleImageCondition, features: FeatureConfig, styles: tuple[ResolvedStyle, ...],
-    splits: StyleSplits, size: int, seed: int, *, runtime: RuntimeConfig,
+@stage("encode_style_condition", label=lambda style: style.name)
+def encode_style_condition(
+    out: Path, condition: StyleImageCondition, features: FeatureConfig, style: ResolvedStyle, splits: StyleSplits,
+    size: int, seed: int, *, runtime: RuntimeConfig,
 ) -> None:  # fmt: skip
-    """Files as those of `stages.encode_conditions`, so that the generator's stages take them."""
-    y_QPE, y_QE, rows = style_conditions(condition, features, styles, splits, size, seed, runtime)
+    """Features of a style's training images, and of the held-out one that generation is shown."""
+    y_PE, y_E, row = style_condition(condition, features, style, splits, size, seed, runtime)
+    write_tensors(out / CONDITION_FILE, {"y_PE": y_PE, "y_E": y_E})
+    write_json(out / "condition.json", {"generation_row": row})
+
+
+@stage("encode_style_conditions")
+def encode_style_conditions(out: Path, styles: tuple[str, ...], each: tuple[Artifact, ...]) -> None:
+    """Several styles' conditions in files like those of `stages.encode_conditions`, which the generator's stages take."""
+    tensors = [read_tensors(folder(artifact), CONDITION_FILE) for artifact in each]
+    y_QPE, y_QE = (torch.stack([one[name] for one in tensors]) for name in ("y_PE", "y_E"))
+    rows = [read_json(folder(artifact), "condition.json")["generation_row"] for artifact in each]
     write_tensors(out / "conditions.safetensors", {"y_QPE": y_QPE, "y_QE": y_QE})
-    write_json(out / "prompts.json", {"tasks": [style.name for style in styles], "generation_rows": rows})
+    write_json(out / "prompts.json", {"tasks": list(styles), "generation_rows": rows})
 
 
 @stage(

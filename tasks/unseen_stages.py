@@ -11,7 +11,7 @@ from cpdiff_core.config import Config, RuntimeConfig
 from cpdiff_core.domains.glue.stacks import Precision, device_of
 from cpdiff_core.domains.style.base import StyleBase
 from cpdiff_core.domains.style.denoising import DenoisingLoss
-from cpdiff_core.domains.style.encoding import held_out_condition
+from cpdiff_core.domains.style.encoding import CONDITION_FILE, held_out_condition
 from cpdiff_core.domains.style.features import FeatureConfig
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits
 from cpdiff_core.domains.style.through_base import ThroughBaseObjective, stacked_statistics
@@ -23,7 +23,6 @@ from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.zoo import CANDIDATE_FILE
 from cpdiff_core.reports.inputs import Generator
 from cpdiff_core.unseen_styles import (
-    CONDITION_FILE,
     UnseenInputs,
     shuffled_conditions,
     unseen_candidates,

@@ -63,9 +63,13 @@ class _MixedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, down, mask, hidden, joint = ctx.saved_tensors
-        both = grads[0] @ joint
-        d_hidden = both[:, x.shape[1] :] * mask
-        d_x = torch.addmm(both[:, : x.shape[1]], d_hidden, down) if ctx.needs_input_grad[0] else None
+        width, d_x = x.shape[1], None
+        if ctx.needs_input_grad[0]:
+            both = grads[0] @ joint
+            d_hidden = both[:, width:] * mask
+            d_x = torch.addmm(both[:, :width], d_hidden, down)
+        else:  # the first block: below it nothing is trained
+            d_hidden = (grads[0] @ joint[:, width:]) * mask
         return d_x, d_hidden.t() @ x, (hidden.t() @ grads[0]) * ctx.scaling, None, None, None, None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from cpdiff_core.generator.conditions import StyleImageCondition
 
 CLASS_FILE = "classes.json"
 FEATURE_FILE = "features.safetensors"
+CONDITION_FILE = "condition.safetensors"
 SPLITS: tuple[SplitName, ...] = ("train", "selection", "report")
 
 
@@ -59,28 +59,23 @@ def encode_features(
     write_tensors(out / FEATURE_FILE, dict(zip(parts, every.split([len(part) for part in parts.values()]), strict=True)))
 
 
-def style_conditions(
-    condition: StyleImageCondition, features: FeatureConfig, styles: Sequence[ResolvedStyle], splits: StyleSplits,
-    size: int, seed: int, runtime: RuntimeConfig,
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:  # fmt: skip
-    """(y_QPE of training images, y_QE of one held-out image each, its row in the selection split).
+def style_condition(
+    condition: StyleImageCondition, features: FeatureConfig, style: ResolvedStyle, splits: StyleSplits, size: int,
+    seed: int, runtime: RuntimeConfig,
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
+    """(y_PE of training images, y_E of one held-out image, its row in the selection split).
 
     A style with fewer training images than `num_images` repeats some, so that all have P.
     """
-    training, generation, rows = [], [], []
-    device = device_of(runtime)
-    for style in styles:
-        rng = np.random.default_rng([seed, zlib.crc32(style.name.encode()), 0x636F6E])
-        train = split_images(style, splits, "train", size).images_NCHW
-        held = split_images(style, splits, "selection", size).images_NCHW
-        order = rng.permutation(len(train))
-        chosen = order[np.arange(condition.num_images) % len(train)]
-        row = int(rng.integers(len(held)))
-        label = f"conditions of {style.name}"
-        training.append(image_features(features, train[torch.from_numpy(chosen)], device, label, runtime))
-        generation.append(image_features(features, held[row : row + 1], device, label, runtime))
-        rows.append(row)
-    return torch.stack(training), torch.cat(generation), rows
+    rng = np.random.default_rng([seed, zlib.crc32(style.name.encode()), 0x636F6E])
+    train = split_images(style, splits, "train", size).images_NCHW
+    held = split_images(style, splits, "selection", size).images_NCHW
+    order = torch.from_numpy(rng.permutation(len(train))[: condition.num_images])
+    row = int(rng.integers(len(held)))
+    device, label = device_of(runtime), f"conditions of {style.name}"
+    y_PE = image_features(features, train[order], device, label, runtime)
+    y_1E = image_features(features, held[row : row + 1], device, label, runtime)
+    return y_PE[torch.arange(condition.num_images) % len(order)], y_1E[0], row
 
 
 def held_out_condition(

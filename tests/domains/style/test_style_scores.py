@@ -12,7 +12,7 @@ import torch
 from cpdiff_core.artifacts import seal, write_json, write_tensors
 from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.domains.style.distances import fit_style_classifier, frechet_distance, kernel_distance
-from cpdiff_core.domains.style.encoding import FEATURE_FILE, style_conditions
+from cpdiff_core.domains.style.encoding import FEATURE_FILE, style_condition
 from cpdiff_core.domains.style.features import EfficientNetLite0Features, image_features
 from cpdiff_core.domains.style.images import contact_sheet, read_image
 from cpdiff_core.domains.style.styles import StyleSplits, split_images
@@ -129,15 +129,14 @@ def test_table_has_every_arm_with_the_right_rows(real: torch.Tensor, tmp_path: P
 def test_generation_is_conditioned_on_an_image_that_training_never_saw(make_style) -> None:
     style, features = make_style("ink", 30), EfficientNetLite0Features(input_size=32)
     splits = StyleSplits()
-    y_QPE, y_QE, rows = style_conditions(
-        StyleImageCondition(num_images=20), features, [style], splits, 24, 0, QUIET
-    )
-    assert y_QPE.shape == (1, 20, 1280)  # 15 training images, some twice
+    y_PE, y_E, row = style_condition(StyleImageCondition(num_images=20), features, style, splits, 24, 0, QUIET)
+    assert y_PE.shape == (20, 1280)  # 15 training images, some twice
     train = image_features(features, split_images(style, splits, "train", 24).images_NCHW, torch.device("cpu"), "", QUIET)
     held = image_features(features, split_images(style, splits, "selection", 24).images_NCHW, torch.device("cpu"), "", QUIET)
-    assert torch.cdist(y_QPE[0], train).min(1).values.max() < 1e-3
-    assert torch.cdist(y_QE, train).min() > 1e-2
-    torch.testing.assert_close(y_QE[0], held[rows[0]], atol=1e-4, rtol=1e-4)
+    assert torch.cdist(y_PE, train).min(1).values.max() < 1e-3
+    assert torch.cdist(train, y_PE).min(1).values.max() < 1e-3  # each of them
+    assert torch.cdist(y_E[None], train).min() > 1e-2
+    torch.testing.assert_close(y_E, held[row], atol=1e-4, rtol=1e-4)
 
 
 def test_interpolation_ends_exactly_at_both_styles() -> None:
