@@ -158,6 +158,7 @@ class _Adapted(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape
         self.names, self.first_salt = names, first_salt
+        self.num_joined = len(names)  # what a compiled layer reads: equal in all layers, so that one program serves them
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down = self.up = weight.new_empty(0)
         self._routing = routing
@@ -169,7 +170,7 @@ class _Adapted(nn.Module):
         if routing.dropout > 0.0 and routing.dropout_keys is not None:
             return self._with_dropout(x)
         if routing.masks:
-            mask = routing.masks[len(self.names)]
+            mask = routing.masks[self.num_joined]
             return _MixedLinear.apply(x, self.down, self.up, mask, self.weight, self.bias, routing.scaling)  # type: ignore[no-any-return]
         out = F.linear(x, self.weight, self.bias)
         groups = len(self.pairs[0][0])
