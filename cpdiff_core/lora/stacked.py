@@ -102,13 +102,12 @@ class _Routing:
         if key not in self._orders:
             self._orders[key] = tuple(x.to(w_SK.device) for x in self._order(num_adapters))  # type: ignore[assignment]
         flat = _Arrange.apply(w_SK, *self._orders[key], dtype)
-        start = 0
+        rows = [self._inner(num_adapters, layer.num_joined) for layer in self.layers]
+        sizes = [n * width for n, x in zip(rows, self.layers, strict=True) for width in (x.in_features, x.out_features)]
+        parts = iter(flat.split(sizes))  # not by slices: the gradient of each would be as long as all together
         for layer in self.layers:  # each holds its own, so that a compiled layer serves all of them
-            rows = self._inner(num_adapters, len(layer.names))
-            sizes = (rows * layer.in_features, rows * layer.out_features)
-            down, up = flat[start : start + sizes[0]], flat[start + sizes[0] : start + sum(sizes)]
-            layer.down, layer.up = down.view(rows, -1), up.view(rows, -1)
-            start += sum(sizes)
+            layer.down = next(parts).view(-1, layer.in_features)
+            layer.up = next(parts).view(-1, layer.out_features)
         rank = self.layout.factors[0].rank
         columns = torch.arange(num_adapters, device=w_SK.device).repeat_interleave(rank)
         self.num_columns = len(columns)
