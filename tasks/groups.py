@@ -7,6 +7,7 @@ runs alone; several GPUs, or the workers of a Dask cluster, only take passes, so
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
@@ -50,10 +51,13 @@ class Member:
 @dataclass(frozen=True)
 class GroupedStage:
     """How the runs of one stage train. train(works, runtime, resume): the tensors of each run, in order.
-    commit(work, runtime): run the stage itself. Both are functions of a module, since they travel to Dask workers."""
+    commit(work, runtime): run the stage itself. Both are functions of a module, since they travel to Dask workers.
+    lazy: packages that train imports and that put another module in their place while they are imported: a thread that
+    imports one at that moment is given the first, which lacks nearly everything. They are imported before threads start."""
 
     train: Callable[[Sequence[Any], RuntimeConfig, ResumeState], Sequence[Tensors]]
     commit: Callable[[Any, RuntimeConfig], object]
+    lazy: tuple[str, ...] = ()
 
 
 def train_together(how: GroupedStage, members: Sequence[Member], runtime: RuntimeConfig) -> None:
@@ -70,6 +74,8 @@ def train_together(how: GroupedStage, members: Sequence[Member], runtime: Runtim
     if len(devices) == 1:
         _train_passes(how, passes, runtime)  # in this thread, where signals arrive
         return
+    for package in how.lazy if passes else ():
+        importlib.import_module(package)
     places = [runtime.model_copy(update={"device": device}) for device in devices]
     with ThreadPoolExecutor(len(devices)) as pool:  # each GPU takes every n-th pass
         # Prefect's settings, the root among them, belong to a context, which a new thread does not inherit.
@@ -205,7 +211,9 @@ def _hand_out_leftovers(runtime: RuntimeConfig) -> None:
     """Go on with groups that finished and were killed before every member had its own."""
     for path in sorted((root() / ".resume" / FINISHED_GROUP).glob("*")):
         finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=path.name), runtime)
-        members = (finished.numbers() or {}).get("members", [])
+        if (numbers := finished.numbers()) is None:
+            continue  # it is being written by a process that holds the locks, or it was not written to its end
+        members = numbers["members"]
         with hold([cache_key(Artifact.model_validate(value)) for value in members]):
             resume_state(Artifact(stage=GROUP, fingerprint=path.name), runtime).discard()
             _hand_out(finished, runtime)

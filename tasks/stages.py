@@ -63,7 +63,7 @@ def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact]
         Member(harvest_checkpoints.artifact(*work, runtime=runtime), work[0].label, work, group_key(work[0]))
         for work in zip(configs, heads, strict=True)
     ]
-    train_together(GroupedStage(_train, _commit), members, runtime)
+    train_together(GroupedStage(_train, _commit, ("transformers", "peft")), members, runtime)
 
 
 def _train(

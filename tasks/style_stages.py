@@ -96,7 +96,7 @@ def harvest_styles_together(configs: Sequence[StyleHarvestConfig], runtime: Runt
     members = [
         Member(harvest_style.artifact(config, runtime=runtime), config.label, config, group_key(config)) for config in configs
     ]
-    train_together(GroupedStage(_train, _commit), members, runtime)
+    train_together(GroupedStage(_train, _commit, ("diffusers", "transformers", "peft")), members, runtime)
 
 
 def _train(
