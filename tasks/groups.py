@@ -52,8 +52,9 @@ class Member:
 class GroupedStage:
     """How the runs of one stage train. train(works, runtime, resume): the tensors of each run, in order.
     commit(work, runtime): run the stage itself. Both are functions of a module, since they travel to Dask workers.
-    lazy: packages that train imports and that put another module in their place while they are imported: a thread that
-    imports one at that moment is given the first, which lacks nearly everything. They are imported before threads start."""
+    lazy: packages that train imports, some of which put another module in their place while they are imported: a thread
+    that imports one at that moment is given the first, which lacks nearly everything. They are imported before threads
+    start."""
 
     train: Callable[[Sequence[Any], RuntimeConfig, ResumeState], Sequence[Tensors]]
     commit: Callable[[Any, RuntimeConfig], object]
@@ -212,7 +213,7 @@ def _hand_out_leftovers(runtime: RuntimeConfig) -> None:
     for path in sorted((root() / ".resume" / FINISHED_GROUP).glob("*")):
         finished = resume_state(Artifact(stage=FINISHED_GROUP, fingerprint=path.name), runtime)
         if (numbers := finished.numbers()) is None:
-            continue  # it is being written by a process that holds the locks, or it was not written to its end
+            continue  # being written under its members' locks, or left by a kill, or damaged
         members = numbers["members"]
         with hold([cache_key(Artifact.model_validate(value)) for value in members]):
             resume_state(Artifact(stage=GROUP, fingerprint=path.name), runtime).discard()

@@ -112,7 +112,7 @@ class _Routing:
         columns = torch.arange(num_adapters, device=w_SK.device).repeat_interleave(rank)
         self.num_columns = len(columns)
         own = (batch.owners[:, None] == columns).to(dtype)
-        for count in {len(layer.names) for layer in self.layers}:
+        for count in {layer.num_joined for layer in self.layers}:
             self.masks[count] = F.pad(own.repeat(1, count), (0, self._inner(num_adapters, count) - count * own.shape[1]))
 
     def _inner(self, num_adapters: int, count: int) -> int:
@@ -157,7 +157,7 @@ class _Adapted(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape
         self.names, self.first_salt = names, first_salt
-        self.num_joined = len(names)  # what a compiled layer reads: equal in all layers, so that one program serves them
+        self.num_joined = len(names)  # all that a compiled layer reads of them: one program serves all blocks
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down = self.up = weight.new_empty(0)
         self._routing = routing
@@ -185,10 +185,10 @@ class _Adapted(nn.Module):
         assert routing.dropout_keys is not None
         out = F.linear(x, self.weight, self.bias)
         dropped = [
-            counter_dropout(x, routing.dropout_keys, self.first_salt + i, routing.dropout) for i in range(len(self.names))
+            counter_dropout(x, routing.dropout_keys, self.first_salt + i, routing.dropout) for i in range(self.num_joined)
         ]
         if routing.masks:
-            mask, step = routing.masks[len(self.names)], routing.num_columns
+            mask, step = routing.masks[self.num_joined], routing.num_columns
             hidden = torch.cat([d @ self.down[i * step : (i + 1) * step].t() for i, d in enumerate(dropped)], dim=1)
             hidden = F.pad(hidden, (0, mask.shape[1] - hidden.shape[1])) * mask
             return torch.addmm(out, hidden, self.up, alpha=routing.scaling)
@@ -299,7 +299,7 @@ class StackedClassifier(nn.Module):
                 setattr(model.get_submodule(owner), place, layer)
 
     def compile_layers(self) -> None:
-        """Compile the base's transformer layers: one program, which serves every layer."""
+        """Compile the base's transformer layers: one program, which serves every layer (with dropout one each)."""
         config = self.backbone.config
         blocks = self.backbone.h if config.model_type == "gpt2" else self.backbone.encoder.layer
         for block in blocks:
