@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,6 +10,10 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from warm import warm_parent
+
+IMPORTED = ("flows.cli", "cpdiff_core.experiments", "cpdiff_core.reports.page")
 
 
 def child(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -66,18 +69,16 @@ class CommandLine:
             "HF_HUB_OFFLINE": "1", "PREFECT_API_URL": api_url, "PREFECT_LOCAL_STORAGE_PATH": str(folder / "root"),
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["flows.cli", "cpdiff_core.experiments", "cpdiff_core.reports.page"])
 
     def start(self, *arguments: str, **variables: str) -> BaseProcess:
         environment = self.environment | variables
-        process: BaseProcess = self._context.Process(target=child, args=(list(arguments), self.folder, environment))
+        process: BaseProcess = warm_parent(IMPORTED).Process(target=child, args=(list(arguments), self.folder, environment))
         process.start()
         self._started.append(process)
         return process
 
     def start_flow(self, values: dict[str, Any], **runtime: Any) -> BaseProcess:
-        process: BaseProcess = self._context.Process(
+        process: BaseProcess = warm_parent(IMPORTED).Process(
             target=flow_child, args=(values, self.folder, self.environment, runtime)
         )
         process.start()

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import warm_parent
 
 sys.path.insert(0, str(Path(__file__).parent))  # child processes too import toy_stages by its name
 
 Start = Callable[..., BaseProcess]
 
 
-@pytest.fixture(scope="session")
-def _forkserver() -> Any:
-    """Processes forked from one that has imported everything: a second each instead of five."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy_stages"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # what is to be preloaded is looked for there alone
-        forkserver.ensure_running()
-    return context
-
-
 @pytest.fixture
-def start(artifact_root: Path, prefect_server: str, _forkserver: Any) -> Iterator[Start]:
+def start(artifact_root: Path, prefect_server: str) -> Iterator[Start]:
     """`start(function, *arguments)` runs a function of toy_stages in a process of its own, in the test's root."""
     from toy_stages import in_child
 
     started = []
 
     def begin(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
-        process = _forkserver.Process(target=in_child, args=(artifact_root, prefect_server, function, arguments))
+        process = warm_parent(["toy_stages"]).Process(target=in_child, args=(artifact_root, prefect_server, function, arguments))
         process.start()
         started.append(process)
         return process

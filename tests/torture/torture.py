@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from subject import DEATHS, Death, run, write_subject  # noqa: E402 - its folder has just become importable
+from warm import warm_parent  # noqa: E402
 
 from cpdiff_core.artifacts import MANIFEST  # noqa: E402
 from tasks.inventory import digests, faults, survey  # noqa: E402
@@ -46,10 +46,6 @@ class Bench:
         self.folder = folder
         self.api_url = api_url
         self.file = write_subject(folder / "subject")
-        # The server that forks does not know our sys.path, and what it cannot preload it leaves out without a word.
-        os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["subject", *USED])
         self._count = 0
         self.finish(self.new_root())  # the first child imports everything
         root = self.new_root()
@@ -64,7 +60,8 @@ class Bench:
         return self.folder / f"root{self._count}"
 
     def start(self, root: Path, death: Death | None = None, seed: int = 0, api_url: str | None = None) -> Any:
-        process = self._context.Process(target=run, args=(root, api_url or self.api_url, self.file, death, seed))
+        arguments = (root, api_url or self.api_url, self.file, death, seed)
+        process = warm_parent(["subject", *USED]).Process(target=run, args=arguments)
         process.start()
         return process
 
