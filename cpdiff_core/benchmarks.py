@@ -81,10 +81,11 @@ class Bench:
     def peak_gib(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**30 if self.gpu else None
 
-    def share(self, tokens: int, seconds: float, passes: int) -> float:
-        """Share of the device's matrix rate: `passes` x 2 x dense parameters x unpadded tokens per second."""
+    def share(self, tokens: int, seconds: float, passes: int, rate: float | None = None) -> float:
+        """Share of the device's matrix rate (`rate`, if it is another than at the start): `passes` x 2 x dense parameters x
+        unpadded tokens per second."""
         classifier, _ = cached_classifier(self.base, 2)
-        return passes * 2 * measure.dense_parameters(classifier) * tokens / seconds / self.rate
+        return passes * 2 * measure.dense_parameters(classifier) * tokens / seconds / (rate or self.rate)
 
 
 def harvest(bench: Bench) -> list[Measurement]:
@@ -107,43 +108,30 @@ def harvest(bench: Bench) -> list[Measurement]:
             )
         )
     plain = len(bench.tasks) / plain_seconds
-    for num_runs in (1, 5):
-        for compiled in (False, True) if bench.gpu else (False,):
-            members = bench.members(num_runs)
-            tuning = bench.tuning(members, compiled)
-            spent, tokens = measure.stacked_loop(tuning, steps, capture=bench.gpu)
-            ours = steps * len(members) / spent
-            rows.append(
-                Measurement(
-                    work=f"stacked harvest, {len(bench.tasks)} tasks x {num_runs} runs, r=1{', compiled' if compiled else ''}",
-                    ours=ours,
-                    unit="adapter-steps/s",
-                    reference=plain,
-                    reference_name="plain loop, one task after another",
-                    ratio=ours / plain,
-                    rate_share=bench.share(tokens, spent, 2),
-                    peak_gib=bench.peak_gib(),
-                    note=f"{tokens / spent:.0f} tokens/s",
-                )
-            )
-    return rows
+    compared = {"reference": plain, "reference_name": "plain loop, one task after another"}
+    stacked = _stacked(bench, "stacked harvest", (1, 5), rank=1)
+    return rows + [row.model_copy(update=compared | {"ratio": row.ours / plain}) for row in stacked]
 
 
 def harvest_large(bench: Bench) -> list[Measurement]:
     """The share of the matrix rate on the base model given, r=4: one run and five of every task, eager graph and compiled."""
+    compared = {"reference": bench.rate / 1e12, "reference_name": "TFLOP/s of a large matrix product"}
+    stacked = _stacked(bench, f"stacked harvest, {bench.base.name}", (1, 5) if bench.gpu else (1,), rank=4)
+    return [row.model_copy(update=compared) for row in stacked]
+
+
+def _stacked(bench: Bench, work: str, runs: Sequence[int], rank: int) -> list[Measurement]:
+    """Every task so many times in one stack, on a GPU compiled as well."""
     rows = []
-    for num_runs in (1, 5) if bench.gpu else (1,):
+    for num_runs in runs:
         for compiled in (False, True) if bench.gpu else (False,):
-            members = bench.members(num_runs, rank=4)
+            members = bench.members(num_runs, rank)
             spent, tokens = measure.stacked_loop(bench.tuning(members, compiled), bench.steps, capture=bench.gpu)
             rows.append(
                 Measurement(
-                    work=f"stacked harvest, {bench.base.name}, {len(bench.tasks)} tasks x {num_runs} runs, r=4"
-                    + (", compiled" if compiled else ""),
+                    work=f"{work}, {len(bench.tasks)} tasks x {num_runs} runs, r={rank}{', compiled' if compiled else ''}",
                     ours=bench.steps * len(members) / spent,
                     unit="adapter-steps/s",
-                    reference=bench.rate / 1e12,
-                    reference_name="TFLOP/s of a large matrix product",
                     rate_share=bench.share(tokens, spent, 2),
                     peak_gib=bench.peak_gib(),
                     note=f"{tokens / spent:.0f} tokens/s",
@@ -355,8 +343,8 @@ def _beside_the_rate(bench: Bench, body: Callable[[], tuple[float, int]], passes
     for _ in range(3):
         before = bench.matrix_rate()
         spent, tokens = body()
-        bench.rate = (before + bench.matrix_rate()) / 2
-        rounds.append((bench.share(tokens, spent, passes), spent, tokens))
+        rate = (before + bench.matrix_rate()) / 2
+        rounds.append((bench.share(tokens, spent, passes, rate), spent, tokens))
     return sorted(rounds)[1]
 
 
