@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import sys
 import tempfile
@@ -36,6 +37,10 @@ DEFAULTS = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
 }
 
+SENDERS = ("EventsWorker", "APILogWorker")
+"""Loggers of Prefect's senders, which its level does not reach: at the end of a run on a busy machine they warn that
+something is still being sent."""
+
 
 def prepare(root: Path | None = None, offline: bool = False) -> Path:
     """Set what is not set yet, and return the root: `root`, else PREFECT_LOCAL_STORAGE_PATH, else ~/.cpdiff.
@@ -50,6 +55,9 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
     for name, value in DEFAULTS.items():
         if name not in chosen:
             os.environ[name] = value
+    if "PREFECT_LOGGING_LEVEL" not in chosen:
+        for sender in SENDERS:
+            logging.getLogger(sender).setLevel(DEFAULTS["PREFECT_LOGGING_LEVEL"])
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     wanted = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT)

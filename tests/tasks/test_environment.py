@@ -56,6 +56,28 @@ if "--kill" in sys.argv:
 """
 
 
+SLOW_SENDER = """
+from tasks.environment import prepare
+
+prepare(offline=True)
+import asyncio, time
+import prefect.main
+from prefect.events import Event
+from prefect.events.clients import NullEventsClient
+from prefect.events.worker import EventsWorker
+
+class Slow(NullEventsClient):
+    async def _emit(self, event):
+        await asyncio.sleep(0.5)
+
+EventsWorker.set_client_override(Slow)
+sender = EventsWorker.instance()
+for _ in range(3):
+    sender.send(Event(event="tested", resource={"prefect.resource.id": "test"}))
+time.sleep(0.2)  # the first is under way when the process ends
+"""
+
+
 def fresh_environment(home: Path, **variables: str) -> dict[str, str]:
     """The environment of a user who has set nothing."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "HF_", "DO_NOT"))}
@@ -164,3 +186,13 @@ def test_env_example_is_what_prepare_does_anyway(tmp_path: Path) -> None:
     plain = prepared(tmp_path)
     (tmp_path / ".env").write_text((PROJECT / ".env.example").read_text(encoding="utf-8"))
     assert prepared(tmp_path) == plain | {"PREFECT_TASKS_REFRESH_CACHE": "false"}
+
+
+@pytest.mark.parametrize(("variables", "told"), [({}, False), ({"PREFECT_LOGGING_LEVEL": "WARNING"}, True)])
+def test_events_still_to_be_sent_at_the_end_are_no_ones_concern(tmp_path: Path, variables: dict[str, str], told: bool) -> None:
+    """Three slow events are on their way when the process ends: all are waited for, which only those see who asked."""
+    command = [sys.executable, "-c", SLOW_SENDER]
+    environment = fresh_environment(tmp_path, **variables)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ("Still processing items" in done.stderr) == told
+    assert told or done.stderr == ""
