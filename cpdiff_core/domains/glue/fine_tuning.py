@@ -297,7 +297,8 @@ class FineTuning:
     def train_step(self, inputs: StepInputs, num_rows: int) -> torch.Tensor:
         """One optimiser step of every run, on the device alone. Returns the losses, S."""
         keys_S = inputs.keys_S if self.members[0].lora.lora_dropout > 0 else None
-        places = Places(inputs.places_SB, num_rows, self.row_length)
+        spare = ROW_STEP if self.stack.end_to_end(self.row_length) else None
+        places = Places(inputs.places_SB, num_rows, self.row_length, spare)
         batch = self.stack.batch(self.texts, inputs.rows_SB, places, keys_S)
         targets_SB = self.labels[inputs.rows_SB]
         w_SK = self.w_SK.detach().requires_grad_()
@@ -360,7 +361,7 @@ class FineTuning:
 
 READ_EVERY = 50
 """Steps between two looks at the losses on a GPU."""
-ROW_STEP = 4
+ROW_STEP = 2
 """Captured steps come in shapes of so many rows; a step is filled up to the next one with empty rows."""
 
 
