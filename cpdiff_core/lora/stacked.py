@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
 from cpdiff_core.lora.layout import ParameterLayout
 from cpdiff_core.lora.packing import TokenBatch
@@ -245,11 +244,21 @@ class FusedSelfAttention(_Adapted):
         qkv = self.apply_to(hidden_states.reshape(-1, width)).view(rows, length, 3, -1, self.head_width)
         if (ends := self._routing.segment_ends) is not None:
             query, key, value = qkv.flatten(0, 1).unbind(1)
-            tokens: Any = varlen_attn(query, key, value, ends, ends, length, length)
-            return tokens.reshape(rows, length, width), None
+            return attend_end_to_end(query, key, value, ends, length).reshape(rows, length, width), None
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return out.transpose(1, 2).reshape(rows, length, width), None
+
+
+def attend_end_to_end(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """Self-attention inside each segment of T tokens, T x heads x width. ends: 0, the ends of the segments, the last at T,
+    int32; no segment is longer than `longest`. On a GPU, in bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn  # takes torch's compiler with it: seconds
+
+    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest)
+    return out  # type: ignore[no-any-return]
 
 
 def _stacked_lora(base: nn.Module, name: str, salt: int, routing: _Routing) -> StackedLora:
