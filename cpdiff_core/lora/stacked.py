@@ -217,15 +217,14 @@ class StackedLora(_Adapted):
     """One adapted layer in the place of transformers' Linear or Conv1D."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] != self._routing.num_rows:
-            return self._shared_input(x)
         return self.apply_to(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-    def _shared_input(self, x: torch.Tensor) -> torch.Tensor:
-        """An input that all sequences share (DeBERTa's relative positions, 1 x P x I): one result per adapter.
 
-        Dropout does not reach it: it belongs to no example.
-        """
+class SharedInputLora(_Adapted):
+    """A layer whose input all sequences share (DeBERTa's relative positions, 1 x P x I): one result per adapter, for each
+    of its rows. Dropout does not reach it: it belongs to no example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         a_SrI, b_SOr = self.pairs[0]
         delta = x.expand(len(a_SrI), -1, -1) @ a_SrI.transpose(1, 2) @ b_SOr.transpose(1, 2)
         out = F.linear(x, self.weight, self.bias) + self._routing.scaling * delta
@@ -261,13 +260,18 @@ def attend_end_to_end(
     return out  # type: ignore[no-any-return]
 
 
-def _stacked_lora(base: nn.Module, name: str, salt: int, routing: _Routing) -> StackedLora:
+_OF_POSITIONS = ("pos_proj", "pos_q_proj")
+"""DeBERTa's layers whose input is the table of relative positions."""
+
+
+def _stacked_lora(base: nn.Module, name: str, salt: int, routing: _Routing) -> StackedLora | SharedInputLora:
     from transformers.pytorch_utils import Conv1D
 
     weight = base.weight.detach()  # type: ignore[union-attr, operator]
     if isinstance(base, Conv1D):
         weight = weight.t().contiguous()  # type: ignore[operator]
-    return StackedLora(weight, base.bias, (name,), salt, routing)  # type: ignore[arg-type]
+    kind = SharedInputLora if name.rpartition(".")[2] in _OF_POSITIONS else StackedLora
+    return kind(weight, base.bias, (name,), salt, routing)  # type: ignore[arg-type]
 
 
 def _fused_attention(base: nn.Module, names: tuple[str, ...], salt: int, routing: _Routing) -> FusedSelfAttention:
@@ -313,12 +317,13 @@ class StackedClassifier(nn.Module):
                 layer = _fused_attention(model.get_submodule(parent), trio, salt, self._routing)
                 setattr(model.get_submodule(owner), place, layer)
 
-    def compile_layers(self) -> None:
-        """Compile the base's transformer layers: one program, which serves every layer (with dropout one each)."""
+    def compile_layers(self, backend: Any = "inductor") -> None:
+        """Compile the base's transformer layers: few programs, which serve every layer and any number of rows (with dropout
+        each layer has its own)."""
         config = self.backbone.config
         blocks = self.backbone.h if config.model_type == "gpt2" else self.backbone.encoder.layer
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(backend=backend)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import set_peft_model_state_dict
 from tiny import FAMILY_NAMES, WORDS, saved_base
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cpdiff_core.domains.base_models import (
@@ -194,6 +195,21 @@ def test_same_texts_for_many_adapters_equal_each_adapter_alone(case: Case) -> No
                 alone = model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), one)
                 torch.testing.assert_close(together[s], alone[0], atol=2e-5, rtol=1e-4)
             assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_few_programs_serve_all_layers_and_any_number_of_rows(case: Case) -> None:
+    """Two for the first number of rows, with and without a gradient into the layer, and two for every other; torch runs a
+    layer eagerly, and ten times slower, once it has made eight."""
+    if case.family == "deberta":
+        pytest.skip("DeBERTa's own Python has branches that depend on numbers of tokens")
+    torch.compiler.reset()
+    counter, model = CompileCounter(), case.model()
+    model.compile_layers(backend=counter)
+    for rows in (case.rows_SB[:, :1], case.rows_SB[:, :2], case.rows_SB[:, :3], case.rows_SB, case.rows_SB.repeat(1, 2)):
+        w_SK = case.w_SK.clone().requires_grad_()
+        model(w_SK, model.stack_heads(case.heads, CLASSES), case.pack(rows, 16)).sum().backward()
+    torch.compiler.reset()
+    assert counter.frame_count <= 4
 
 
 def test_logits_after_saving_and_loading_are_those_of_the_saved_model(case: Case, tmp_path: Path) -> None:
