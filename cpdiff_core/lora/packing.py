@@ -1,10 +1,9 @@
 """Batches of token sequences with hardly any padding, for many adapters at once.
 
 Several sequences share a row of L tokens, whoever's they are, and a block mask keeps their attention apart: a mixed
-batch of GLUE fills its rows to 98 % where one row per sequence would leave half of them empty. Where attention takes
-sequences of any length, they stand end to end instead and need no mask. `place` and `line_up` decide on the host where
-each sequence goes; the batch itself is built by tensor operations on the device where the tokens lie, with shapes that
-are fixed by the number of rows, so building it can be part of a captured CUDA graph.
+batch of GLUE fills its rows to 98 % where one row per sequence would leave half of them empty. `place` decides on
+the host where each sequence goes; the batch itself is built by tensor operations on the device where the tokens lie,
+with shapes that are fixed by the number of rows, so building it can be part of a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -65,21 +64,18 @@ class TokenBatch:
     """What a stacked model reads: R rows of L tokens.
 
     input_ids, position_ids, token_type_ids: R x L. attention_mask: R x 1 x L x L, added to the attention scores
-    (packed), R x L with 1 for tokens (one sequence per row), or None where the sequences stand end to end. owners: the
-    adapter of each of the R L tokens, or None where the rows divide evenly among the adapters in order. pool_index: S x B,
-    the flat index of the token that the head reads. dropout_keys: one number per token that does not depend on where the
-    token lies. segment_ends: for sequences end to end, where in R L each ends and the next begins, int32, with 0 and R L,
-    no two neighbours more than L apart.
+    (packed), or R x L with 1 for tokens (one sequence per row). owners: the adapter of each of the R L tokens, or None
+    where the rows divide evenly among the adapters in order. pool_index: S x B, the flat index of the token that the
+    head reads. dropout_keys: one number per token that does not depend on where the token lies.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     token_type_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    attention_mask: torch.Tensor
     pool_index: torch.Tensor
     owners: torch.Tensor | None = None
     dropout_keys: torch.Tensor | None = None
-    segment_ends: torch.Tensor | None = None
 
     def repeat(self, num_adapters: int) -> TokenBatch:
         """The batch of one adapter given to each of `num_adapters`: the same texts, one copy each."""
@@ -88,13 +84,9 @@ class TokenBatch:
             return x.repeat(num_adapters, *[1] * (x.dim() - 1))
 
         shift = torch.arange(num_adapters, device=self.input_ids.device)[:, None] * self.input_ids.numel()
-        ends = self.segment_ends
-        if ends is not None:
-            ends = torch.cat([ends[:1], (ends[None, 1:] + shift).flatten()]).int()
         return TokenBatch(
             input_ids=rows(self.input_ids), position_ids=rows(self.position_ids), token_type_ids=rows(self.token_type_ids),
-            attention_mask=None if self.attention_mask is None else rows(self.attention_mask),
-            pool_index=self.pool_index + shift, segment_ends=ends,
+            attention_mask=rows(self.attention_mask), pool_index=self.pool_index + shift,
         )  # fmt: skip
 
 
@@ -122,26 +114,14 @@ def place(lengths: NDArray[np.int64], row_length: int) -> tuple[NDArray[np.int64
     return starts, num_rows
 
 
-def line_up(lengths: NDArray[np.int64], row_length: int) -> tuple[NDArray[np.int64], int]:
-    """Where each sequence starts if they stand end to end, in order, and how many rows that takes.
-
-    Raises ValueError for a sequence longer than a row.
-    """
-    if len(lengths) and int(lengths.max()) > row_length:
-        raise ValueError(f"a text of {int(lengths.max())} tokens does not fit a row of {row_length}")
-    ends = lengths.cumsum()
-    return ends - lengths, -(-int(ends[-1]) // row_length) if len(lengths) else 0
-
-
 def pack(
     texts: TokenizedTexts, rows_SB: torch.Tensor, places_SB: torch.Tensor, num_rows: int, row_length: int, *,
     dtype: torch.dtype = torch.float32, last_token: bool = False, position_offset: int = 0, causal: bool = False,
-    keys_S: torch.Tensor | None = None, spare_rows: int | None = None,
+    keys_S: torch.Tensor | None = None,
 ) -> TokenBatch:  # fmt: skip
     """Texts `rows_SB[s]` for every adapter s, laid out as `place` says, on the device of `texts`.
 
     dtype: of the mask, which is added to scores of that type. keys_S: one number per adapter that seeds `dropout_keys`.
-    spare_rows: None for a mask; a number if the texts stand as `line_up` says, with less than so many empty rows behind.
     """
     device, num_tokens = texts.ids.device, num_rows * row_length
     rows, places = rows_SB.flatten(), places_SB.flatten()
@@ -157,17 +137,11 @@ def pack(
     source = spread(texts.starts[rows][:, None] + offset, 0)
     position = spread(offset, 0)
     sequence = spread(torch.arange(1, len(rows) + 1, device=device)[:, None], 0)
-    mask = ends = None
-    if spare_rows is None:
-        block = sequence.view(num_rows, 1, row_length)
-        allowed = block.transpose(1, 2) == block
-        if causal:
-            allowed = allowed & torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
-        mask = mask[:, None]
-    else:  # what is empty behind the last text is cut into segments too: attention has to write every token
-        empty = places[-1] + lengths[-1] + row_length * torch.arange(spare_rows + 1, device=device)
-        ends = torch.cat([places, empty.clamp(max=num_tokens)]).int()
+    block = sequence.view(num_rows, 1, row_length)
+    allowed = block.transpose(1, 2) == block
+    if causal:
+        allowed = allowed & torch.ones(row_length, row_length, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
     slot = (sequence - 1).clamp_min(0)
     owners = slot // rows_SB.shape[1]
     keys = None if keys_S is None else slot % rows_SB.shape[1] * _SLOT + position + keys_S[owners]
@@ -175,9 +149,8 @@ def pack(
     shape = (num_rows, row_length)
     return TokenBatch(
         input_ids=texts.ids[source].view(shape), token_type_ids=texts.types[source].view(shape),
-        position_ids=(position + position_offset).view(shape), attention_mask=mask,
+        position_ids=(position + position_offset).view(shape), attention_mask=mask[:, None],
         pool_index=pooled.view(rows_SB.shape), owners=None if len(rows_SB) == 1 else owners, dropout_keys=keys,
-        segment_ends=ends,
     )  # fmt: skip
 
 

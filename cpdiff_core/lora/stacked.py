@@ -83,7 +83,6 @@ class _Routing:
         self.layers: list[_Adapted] = []
         self.masks: dict[int, torch.Tensor] = {}
         self.dropout_keys: torch.Tensor | None = None
-        self.segment_ends: torch.Tensor | None = None
         self.num_rows = 0
         self.num_columns = 0  # S x rank: those of one adapted module in the small products
         self._orders: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -91,7 +90,7 @@ class _Routing:
     def set(self, w_SK: torch.Tensor, batch: TokenBatch, dtype: torch.dtype) -> None:
         """Give every layer its factors. Tokens of mixed order use matrices over all adapters and a mask; rows that
         divide evenly among the adapters, in order, use batched products."""
-        self.num_rows, self.dropout_keys, self.segment_ends = len(batch.input_ids), batch.dropout_keys, batch.segment_ends
+        self.num_rows, self.dropout_keys = batch.input_ids.shape[0], batch.dropout_keys
         self.masks = {}
         if batch.owners is None:
             factors = self.layout.views(w_SK.to(dtype))
@@ -241,23 +240,9 @@ class FusedSelfAttention(_Adapted):
     ) -> tuple[torch.Tensor, None]:
         rows, length, width = hidden_states.shape
         qkv = self.apply_to(hidden_states.reshape(-1, width)).view(rows, length, 3, -1, self.head_width)
-        if (ends := self._routing.segment_ends) is not None:
-            query, key, value = qkv.flatten(0, 1).unbind(1)
-            return attend_end_to_end(query, key, value, ends, length).reshape(rows, length, width), None
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return out.transpose(1, 2).reshape(rows, length, width), None
-
-
-def attend_end_to_end(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int
-) -> torch.Tensor:
-    """Self-attention inside each segment of T tokens, T x heads x width. ends: 0, the ends of the segments, the last at T,
-    int32; no segment is longer than `longest`. On a GPU, in bfloat16."""
-    from torch.nn.attention.varlen import varlen_attn  # takes torch's compiler with it: seconds
-
-    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest)
-    return out  # type: ignore[no-any-return]
 
 
 _OF_POSITIONS = ("pos_proj", "pos_q_proj")
@@ -329,13 +314,6 @@ class StackedClassifier(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.backbone.parameters()).dtype
 
-    @property
-    def takes_any_length(self) -> bool:
-        """Whether attention takes sequences end to end: BERT's relatives in bfloat16 on a GPU that has the kernels."""
-        fused = any(isinstance(layer, FusedSelfAttention) for layer in self._routing.layers)
-        device = next(self.backbone.parameters()).device
-        return fused and self.dtype == torch.bfloat16 and device.type == "cuda" and _has_varlen(device)
-
     def forward(self, w_SK: torch.Tensor, head: Mapping[str, torch.Tensor], batch: TokenBatch) -> torch.Tensor:
         """Logits, S x B x classes, float32. head: parameter name -> S x ... (from `stack_heads`)."""
         return self.apply_head(self.features(w_SK, batch), head)
@@ -381,10 +359,6 @@ class StackedClassifier(nn.Module):
                 rows.append(value)
             stacked[key] = torch.stack(rows)
         return stacked
-
-
-def _has_varlen(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _activation(name: str, config: Any) -> nn.Module:

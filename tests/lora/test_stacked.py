@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import set_peft_model_state_dict
 from tiny import FAMILY_NAMES, WORDS, saved_base
 from torch._dynamo.testing import CompileCounter
@@ -23,9 +22,8 @@ from cpdiff_core.domains.base_models import (
     load_tokenizer,
     resolve_base_model,
 )
-from cpdiff_core.lora import stacked
 from cpdiff_core.lora.layout import LoraSpec, adapt, initial_vector
-from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, line_up, pack, pad, place
+from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, pack, pad, place
 from cpdiff_core.lora.stacked import StackedClassifier, counter_dropout
 
 S, B, CLASSES = 3, 4, 3
@@ -74,14 +72,6 @@ class Case:
             **self.reading, **options,
         )  # fmt: skip
 
-    def line_up(self, rows_SB: torch.Tensor, row_length: int, empty_rows: int = 0, **options: Any) -> TokenBatch:
-        starts, num_rows = line_up(self.texts.lengths[rows_SB.flatten()].numpy(), row_length)
-        places_SB = torch.from_numpy(starts).view(rows_SB.shape)
-        return pack(
-            self.texts, rows_SB, places_SB, num_rows + empty_rows, row_length, spare_rows=empty_rows + 1,
-            **self.reading, **options,
-        )  # fmt: skip
-
     def batches(self, **options: Any) -> dict[str, TokenBatch]:
         """The same sequences in every layout that the architecture allows."""
         made = {
@@ -94,30 +84,7 @@ class Case:
                 "packed in long rows": self.pack(self.rows_SB, 40, **options),
                 "packed with empty rows": self.pack(self.rows_SB, 16, empty_rows=3, **options),
             }
-        if self.family in ("bert", "roberta"):
-            made |= {
-                "end to end": self.line_up(self.rows_SB, 16, **options),
-                "end to end with empty rows": self.line_up(self.rows_SB, 16, empty_rows=3, **options),
-            }
         return made
-
-
-def attention_of_segments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int
-) -> torch.Tensor:
-    """What torch's kernel computes on a GPU, T x heads x width; it leaves unwritten what no segment covers."""
-    assert ends.dtype == torch.int32
-    assert (int(ends[0]), int(ends[-1])) == (0, len(query))
-    assert 0 <= int(ends.diff().min()) <= int(ends.diff().max()) <= longest
-    segment = torch.searchsorted(ends, torch.arange(len(query), dtype=torch.int32), right=True)
-    together = segment[:, None] == segment
-    q, k, v = (part.transpose(0, 1) for part in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=together).transpose(0, 1)
-
-
-@pytest.fixture(autouse=True)
-def attention_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacked, "attend_end_to_end", attention_of_segments)
 
 
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
@@ -187,19 +154,17 @@ def test_stack_equals_peft_in_outputs_and_gradients_packed_and_padded(case: Case
 def test_same_texts_for_many_adapters_equal_each_adapter_alone(case: Case) -> None:
     model = case.model()
     one = case.pack(case.rows_SB[:1], 16) if FAMILIES[case.family].packed else case.pad(case.rows_SB[:1])
-    layouts = [one, case.line_up(case.rows_SB[:1], 16)] if case.family in ("bert", "roberta") else [one]
     with torch.no_grad():
-        for layout in layouts:
-            together = model(case.w_SK, model.stack_heads(case.heads, CLASSES), layout.repeat(S))
-            for s in range(S):
-                alone = model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), one)
-                torch.testing.assert_close(together[s], alone[0], atol=2e-5, rtol=1e-4)
-            assert (together[0] - together[1]).abs().max() > 0.1
+        together = model(case.w_SK, model.stack_heads(case.heads, CLASSES), one.repeat(S))
+        for s in range(S):
+            alone = model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), one)
+            torch.testing.assert_close(together[s], alone[0], atol=2e-5, rtol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
 
 
 def test_few_programs_serve_all_layers_and_any_number_of_rows(case: Case) -> None:
-    """Two for the first number of rows, with and without a gradient into the layer, and two for every other; torch runs a
-    layer eagerly, and ten times slower, once it has made eight."""
+    """Two for the first number of rows, with and without a gradient into the layer, and two for all others; after eight
+    torch would run the layers eagerly."""
     if case.family == "deberta":
         pytest.skip("DeBERTa's own Python has branches that depend on numbers of tokens")
     torch.compiler.reset()
@@ -286,14 +251,3 @@ def test_places_do_not_overlap_and_waste_little() -> None:
     assert lengths.sum() / (64 * num_rows) > 0.97
     with pytest.raises(ValueError, match="a text of 65 tokens does not fit a row of 64"):
         place(np.array([3, 65]), 64)
-
-
-def test_lined_up_places_leave_nothing_between_and_longer_texts_are_refused() -> None:
-    lengths = np.random.default_rng(0).integers(3, 40, 500)
-    starts, num_rows = line_up(lengths, 64)
-    assert starts[0] == 0
-    assert (starts[1:] == (starts + lengths)[:-1]).all()
-    assert 0 <= 64 * num_rows - lengths.sum() < 64
-    assert line_up(np.array([], np.int64), 64)[1] == 0
-    with pytest.raises(ValueError, match="a text of 65 tokens does not fit a row of 64"):
-        line_up(np.array([3, 65]), 64)

@@ -297,8 +297,7 @@ class FineTuning:
     def train_step(self, inputs: StepInputs, num_rows: int) -> torch.Tensor:
         """One optimiser step of every run, on the device alone. Returns the losses, S."""
         keys_S = inputs.keys_S if self.members[0].lora.lora_dropout > 0 else None
-        spare = ROW_STEP if self.stack.end_to_end(self.row_length) else None
-        places = Places(inputs.places_SB, num_rows, self.row_length, spare)
+        places = Places(inputs.places_SB, num_rows, self.row_length)
         batch = self.stack.batch(self.texts, inputs.rows_SB, places, keys_S)
         targets_SB = self.labels[inputs.rows_SB]
         w_SK = self.w_SK.detach().requires_grad_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import FAMILIES, BaseModel, Family, cached_classifier
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout, initial_vector
-from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, line_up, pack, pad, place
+from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, pack, pad, place
 from cpdiff_core.lora.stacked import StackedClassifier
 from cpdiff_core.progress import track
 
@@ -43,7 +43,6 @@ class Stack:
             return pack(
                 texts, rows_SB, layout.places_SB, layout.num_rows, layout.row_length, dtype=self.model.dtype,
                 last_token=last, position_offset=self.position_offset, causal=last, keys_S=keys_S,
-                spare_rows=layout.spare_rows,
             )  # fmt: skip
         return pad(
             texts, rows_SB, pad_token_id=self.pad_token_id, last_token=last, position_offset=self.position_offset,
@@ -54,31 +53,20 @@ class Stack:
         """Where to put sequences of these lengths, on the host; the number of rows is rounded up to a multiple."""
         if not self.family.packed:
             return Places(torch.zeros(lengths_SB.shape, dtype=torch.int64), lengths_SB.size, row_length)
-        end_to_end = self.end_to_end(row_length)
-        starts, num_rows = (line_up if end_to_end else place)(lengths_SB.ravel(), row_length)
-        return Places(
-            torch.from_numpy(starts.reshape(lengths_SB.shape)), -(-num_rows // multiple) * multiple, row_length,
-            multiple if end_to_end else None,
-        )  # fmt: skip
-
-    def end_to_end(self, row_length: int) -> bool:
-        """Whether sequences stand end to end, without masks. Longer ones than a block of the attention's kernel do not: its
-        gradients would be summed in any order, and equal runs must agree."""
-        return row_length <= 128 and self.model.takes_any_length
+        starts, num_rows = place(lengths_SB.ravel(), row_length)
+        return Places(torch.from_numpy(starts.reshape(lengths_SB.shape)), -(-num_rows // multiple) * multiple, row_length)
 
 
 @dataclass(frozen=True)
 class Places:
-    """The rows of a batch: where each sequence starts, how many rows there are, and their length. spare_rows: None for
-    sequences inside rows; if they stand end to end, a number that is greater than that of the empty rows behind them."""
+    """The rows of a batch: where each sequence starts, how many rows there are, and their length."""
 
     places_SB: torch.Tensor
     num_rows: int
     row_length: int
-    spare_rows: int | None = None
 
     def to(self, device: torch.device) -> Places:
-        return replace(self, places_SB=self.places_SB.to(device))
+        return Places(self.places_SB.to(device), self.num_rows, self.row_length)
 
 
 def row_length(longest: int, device: torch.device) -> int:
