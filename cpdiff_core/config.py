@@ -13,9 +13,9 @@ import math
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 _ALTERNATIVES = {"null": "none", "string": "a text", "integer": "a number", "number": "a number", "array": "a list"}
@@ -35,6 +35,17 @@ class Config(BaseModel):
     """A frozen value. Unknown fields are refused, so a misspelt name is an error and not a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, model_title_generator=_in_words)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """pydantic would read true as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                kinds = {annotation := cls.model_fields[name].annotation, *get_args(annotation)}
+                if kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name} is {str(value).lower()}, which is no number; give one")
+        return values
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
