@@ -11,14 +11,14 @@ from style_bases import encoded_style, injected, saved_tiny_base
 
 from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import RuntimeConfig, UserError
-from cpdiff_core.domains.style.base import Captions, StyleBase, spec_of
+from cpdiff_core.domains.style.base import Captions, StyleBase, load_transformer, spec_of
 from cpdiff_core.domains.style.fine_tuning import (
     StyleFineTuneConfig,
     StyleFineTuning,
     StyleHarvestConfig,
 )
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, draw_prompts, sample_images
-from cpdiff_core.domains.style.stack import build_stack
+from cpdiff_core.domains.style.stack import StackedPixArt, build_stack
 from cpdiff_core.lora.layout import LoraSpec
 
 CPU, QUIET = torch.device("cpu"), RuntimeConfig(device="cpu", progress=False)
@@ -40,13 +40,20 @@ def member(base: StyleBase, root: Path, name: str, seed: int = 0, **changes: obj
     )  # fmt: skip
 
 
-def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase) -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase, merged: bool) -> None:
     stack = build_stack(base, Path(), LORA, CPU, torch.float32)
+    if merged:  # as where the device is a GPU
+        stack = StackedPixArt(load_transformer(base, Path()), stack.layout, LORA.scaling, merged=True)
     torch.manual_seed(0)
     w_SK = 0.3 * torch.randn(3, stack.layout.num_parameters)
     x, t = torch.randn(6, 3, 8, 8), torch.tensor([5, 900, 30, 400, 2, 77])
     captions = Captions(torch.randn(6, 12, 384), (torch.rand(6, 12) > 0.4).float())
-    found = stack(w_SK, x, t, captions)
+    with torch.no_grad():
+        found = stack(w_SK, x, t, captions)
+    with_gradients = stack(w_SK, x, t, captions)
+    torch.testing.assert_close(with_gradients, found, atol=1e-4, rtol=1e-4)
+    assert torch.equal(with_gradients, found) != merged  # two ways of rounding, or one
     apart = 0.0
     for s in range(3):
         rows = slice(2 * s, 2 * s + 2)
