@@ -7,6 +7,8 @@ adapter really fine-tuned on the style. Nothing is chosen: with one image there 
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from cpdiff_core.artifacts import Artifact, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
 from cpdiff_core.bundle import pooled
 from cpdiff_core.config import Config
 from cpdiff_core.domains.style.encoding import CONDITION_FILE, FEATURE_FILE
@@ -55,9 +57,9 @@ class UnseenStyle(Config):
 
 
 class UnseenInputs(Config):
-    """What the comparison is made from."""
+    """What the comparison on one style is made from."""
 
-    styles: tuple[UnseenStyle, ...]
+    style: UnseenStyle
     classifier: Artifact
     splits: StyleSplits
     image_size: int
@@ -91,34 +93,40 @@ def unseen_candidates(
 
 
 def write_unseen(out: Path, inputs: UnseenInputs, root: Path) -> None:
-    """Write the table as CSV, facts as JSON, a summary as text, and a contact sheet per style into `out`."""
-    classifier = load_classifier(inputs.classifier, root)
-    rows: list[dict[str, Any]] = []
-    facts: list[dict[str, Any]] = []
-    for entry in inputs.styles:
-        name, real = entry.style.name, read_tensors(entry.real.under(root), FEATURE_FILE)
-        arms = _arms(entry)
-        cells = {
-            arm: style_cell(read_tensors(scored.under(root), SAMPLE_FILE)["features_VND"], real["report"], classifier, name)
-            for arm, scored in arms.items()
-        }
-        floor = floor_cell(real, cells[NO_LORA].num_images, classifier, name)
-        table = [_row(name, arm, cell, cells, floor) for arm, cell in cells.items()]
-        rows += [*table, _row(name, FLOOR, floor, {}, floor)]
-        sheet = f"sheet_{name}.png"
-        labels = _write_sheet(out / sheet, entry, inputs, root)
-        facts.append(
-            {
-                "style": name, "nearest": entry.nearest, "similarity": entry.similarity, "sheet": sheet, "labels": labels,
-                "objectives": [generator.objective for generator in entry.generators],
-            }
-        )  # fmt: skip
-    frame = pd.DataFrame(rows)
+    """Write one style's table as CSV, facts as JSON, a summary as text, and its contact sheet into `out`."""
+    classifier, entry = load_classifier(inputs.classifier, root), inputs.style
+    name, real = entry.style.name, read_tensors(entry.real.under(root), FEATURE_FILE)
+    cells = {
+        arm: style_cell(read_tensors(scored.under(root), SAMPLE_FILE)["features_VND"], real["report"], classifier, name)
+        for arm, scored in _arms(entry).items()
+    }
+    floor = floor_cell(real, cells[NO_LORA].num_images, classifier, name)
+    rows = [_row(name, arm, cell, cells, floor) for arm, cell in cells.items()]
+    frame = pd.DataFrame([*rows, _row(name, FLOOR, floor, {}, floor)])
     frame.insert(2, "metric", inputs.distance_name)
+    sheet = f"sheet_{name}.png"
+    facts = {
+        "style": name, "nearest": entry.nearest, "similarity": entry.similarity, "sheet": sheet,
+        "labels": _write_sheet(out / sheet, entry, inputs, root), "num_training_styles": inputs.num_training_styles,
+        "objectives": [generator.objective for generator in entry.generators],
+    }  # fmt: skip
+    _write(out, frame, [facts])
+
+
+def join_unseen(out: Path, comparisons: Sequence[Path]) -> None:
+    """Several styles' tables, facts and sheets as one, with what they say together."""
+    frames = [pd.read_csv(checked(folder, UNSEEN_TABLE), float_precision="round_trip") for folder in comparisons]
+    facts = [found for folder in comparisons for found in read_json(folder, UNSEEN_FACTS)["styles"]]
+    for folder, found in zip(comparisons, facts, strict=True):
+        shutil.copyfile(checked(folder, found["sheet"]), out / found["sheet"])
+    _write(out, pd.concat(frames, ignore_index=True), facts)
+
+
+def _write(out: Path, frame: pd.DataFrame, facts: list[dict[str, Any]]) -> None:
     frame.to_csv(out / UNSEEN_TABLE, index=False)
-    verdicts = _verdicts(frame, inputs)
-    write_json(out / UNSEEN_FACTS, {"metric": inputs.distance_name, "styles": facts, "verdicts": verdicts})
-    (out / UNSEEN_TEXT).write_text("\n".join([*_text(frame, inputs), "", *verdicts]) + "\n", encoding="utf-8")
+    verdicts = _verdicts(frame)
+    write_json(out / UNSEEN_FACTS, {"metric": frame["metric"][0], "styles": facts, "verdicts": verdicts})
+    (out / UNSEEN_TEXT).write_text("\n".join([*_text(frame, facts), "", *verdicts]) + "\n", encoding="utf-8")
 
 
 def _arms(entry: UnseenStyle) -> dict[str, StyleReportArtifact]:
@@ -144,7 +152,7 @@ def _row(style: str, arm: str, cell: StyleCell, cells: dict[str, StyleCell], flo
     return row
 
 
-def _verdicts(frame: pd.DataFrame, inputs: UnseenInputs) -> list[str]:
+def _verdicts(frame: pd.DataFrame) -> list[str]:
     """For each objective, on how many styles it surely beats and surely loses to each of the others."""
     lines = []
     for arm in dict.fromkeys(frame["arm"][frame["arm"].str.startswith("generated, ")]):
@@ -160,8 +168,8 @@ def _verdicts(frame: pd.DataFrame, inputs: UnseenInputs) -> list[str]:
     return lines
 
 
-def _text(frame: pd.DataFrame, inputs: UnseenInputs) -> list[str]:
-    lines = [["style", "arm", inputs.distance_name, "gain over no-LoRA", "over nearest", "over shuffled", "KID", "accepted", "n"]]
+def _text(frame: pd.DataFrame, facts: list[dict[str, Any]]) -> list[str]:
+    lines = [["style", "arm", frame["metric"][0], "gain over no-LoRA", "over nearest", "over shuffled", "KID", "accepted", "n"]]
     for row in frame.to_dict("records"):
         gains = [
             "" if pd.isna(row[f"gain_over_{key}"])
@@ -174,10 +182,10 @@ def _text(frame: pd.DataFrame, inputs: UnseenInputs) -> list[str]:
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    nearest = "; ".join(f"{s.style.name}: {s.nearest} (cosine {s.similarity:.2f})" for s in inputs.styles)
+    nearest = "; ".join(f"{found['style']}: {found['nearest']} (cosine {found['similarity']:.2f})" for found in facts)
     return [
         f"A style from one image: each style below was left out of a generator trained on the other "
-        f"{inputs.num_training_styles}. Lower is better.",
+        f"{facts[0]['num_training_styles']}. Lower is better.",
         *text, "", f"Nearest training styles: {nearest}.",
     ]  # fmt: skip
 

@@ -22,12 +22,15 @@ def compare_left_out(pipeline: StylePipeline, zoo: Zoo, classifier: Artifact) ->
     if not config.left_out:
         return None
     styles = {style.name: style for style in pipeline.resolved.styles}
-    inputs = UnseenInputs(
-        styles=tuple(leave_out(pipeline, styles[name], zoo) for name in config.left_out), classifier=classifier,
-        splits=config.splits, image_size=pipeline.size, distance_name=config.features.distance_name,
-        num_training_styles=len(styles) - 1,
-    )  # fmt: skip
-    return unseen_stages.compare_unseen_styles(inputs)
+
+    def compared(name: str) -> Artifact:
+        inputs = UnseenInputs(
+            style=leave_out(pipeline, styles[name], zoo), classifier=classifier, splits=config.splits,
+            image_size=pipeline.size, distance_name=config.features.distance_name, num_training_styles=len(styles) - 1,
+        )  # fmt: skip
+        return unseen_stages.compare_unseen_style(inputs)
+
+    return unseen_stages.compare_unseen_styles(tuple(compared(name) for name in config.left_out))
 
 
 def leave_out(pipeline: StylePipeline, style: ResolvedStyle, zoo: Zoo) -> UnseenStyle:

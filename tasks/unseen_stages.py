@@ -24,6 +24,7 @@ from cpdiff_core.lora.zoo import CANDIDATE_FILE
 from cpdiff_core.reports.inputs import Generator
 from cpdiff_core.unseen_styles import (
     UnseenInputs,
+    join_unseen,
     shuffled_conditions,
     unseen_candidates,
     write_unseen,
@@ -88,6 +89,13 @@ def generate_unseen(
     write_tensors(out / CANDIDATE_FILE, {"w_MK": unseen_candidates(*parts, y_ME, config, seed)})
 
 
-@stage("compare_unseen_styles")
-def compare_unseen_styles(out: Path, inputs: UnseenInputs) -> None:
+@stage("compare_unseen_style", label=lambda inputs: inputs.style.style.name)
+def compare_unseen_style(out: Path, inputs: UnseenInputs) -> None:
+    """Every arm of one left-out style: unseen.csv, unseen.json, unseen.txt and a contact sheet."""
     write_unseen(out, inputs, root())
+
+
+@stage("compare_unseen_styles", 2)
+def compare_unseen_styles(out: Path, styles: tuple[Artifact, ...]) -> None:
+    """The comparisons of several left-out styles as one, in the same files."""
+    join_unseen(out, [folder(style) for style in styles])

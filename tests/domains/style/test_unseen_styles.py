@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpdiff_core.artifacts import seal
 from cpdiff_core.domains.style.distances import frechet_distance
 from cpdiff_core.style_experiments import StyleExperimentConfig
-from cpdiff_core.unseen_styles import nearest_style, shuffled_conditions
+from cpdiff_core.unseen_styles import join_unseen, nearest_style, shuffled_conditions
 
 LEFT_OUT = "ink"
 
@@ -101,7 +102,33 @@ def test_table_has_every_arm_and_its_distances_are_those_of_the_images(style_run
         assert row[f"gain_over_{key}_low"] <= row[f"gain_over_{key}"] <= row[f"gain_over_{key}_high"]
     summary = (style_run.report / "summary.txt").read_text()
     assert "generated, through the base, on 1 unseen style(s)" in summary
-    assert (folder / f"sheet_{LEFT_OUT}.png").is_file()
+    alone = next(iter(style_run.inputs("compare_unseen_style")))
+    for name in ("unseen.csv", "unseen.json", "unseen.txt", f"sheet_{LEFT_OUT}.png"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def test_comparisons_of_several_styles_are_joined_as_they_are(style_run, tmp_path: Path) -> None:
+    """A second style beside the first: the rows of both, unchanged, and what both say together."""
+    first = next(iter(style_run.inputs("compare_unseen_style")))
+    second, out = tmp_path / "second", tmp_path / "out"
+    second.mkdir()
+    out.mkdir()
+    frame = pd.read_csv(first / "unseen.csv", float_precision="round_trip").assign(style="other")
+    frame.to_csv(second / "unseen.csv", index=False)
+    facts = json.loads((first / "unseen.json").read_text())
+    facts["styles"][0] |= {"style": "other", "sheet": "sheet_other.png"}
+    (second / "unseen.json").write_text(json.dumps(facts))
+    (second / "sheet_other.png").write_bytes((first / f"sheet_{LEFT_OUT}.png").read_bytes())
+    seal(second)
+    join_unseen(out, [first, second])
+    joined = (out / "unseen.csv").read_text().splitlines()
+    assert joined == (first / "unseen.csv").read_text().splitlines() + (second / "unseen.csv").read_text().splitlines()[1:]
+    told = (out / "unseen.txt").read_text()
+    assert "generated, weights, on 2 unseen style(s)" in told
+    assert f"{LEFT_OUT}: {facts['styles'][0]['nearest']} (cosine" in told
+    assert "; other: " in told
+    assert (out / "sheet_other.png").is_file()
+    assert [found["style"] for found in json.loads((out / "unseen.json").read_text())["styles"]] == [LEFT_OUT, "other"]
 
 
 def _real(style_run) -> torch.Tensor:
