@@ -360,7 +360,7 @@ class FineTuning:
 
 READ_EVERY = 50
 """Steps between two looks at the losses on a GPU."""
-ROW_STEP = 2
+ROW_STEP = 4
 """Captured steps come in shapes of so many rows; a step is filled up to the next one with empty rows."""
 
 
