@@ -31,6 +31,23 @@ def _in_words(model: type[Any]) -> str:
     return " ".join([words[0], *(word if word.isupper() else word.lower() for word in words[1:])])
 
 
+def _truth_for_number(value: Any, annotation: Any) -> bool:
+    """Whether `value`, or something in a list or mapping of it, is true or false where `annotation` takes numbers."""
+    if isinstance(value, dict):
+        return any(_truth_for_number(item, annotation) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_truth_for_number(item, annotation) for item in value)
+    if not isinstance(value, bool):
+        return False
+    kinds = _types_in(annotation)
+    return (int in kinds or float in kinds) and bool not in kinds
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    """An annotation such as tuple[int, ...] | None and all that stands in it."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _types_in(part))]
+
+
 class Config(BaseModel):
     """A frozen value. Unknown fields are refused, so a misspelt name is an error and not a silent default."""
 
@@ -41,10 +58,8 @@ class Config(BaseModel):
     def _truth_is_no_number(cls, values: Any) -> Any:
         """pydantic would read true as 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields:
-                kinds = {annotation := cls.model_fields[name].annotation, *get_args(annotation)}
-                if kinds & {int, float} and bool not in kinds:
-                    raise ValueError(f"{name} is {str(value).lower()}, which is no number; give one")
+            if name in cls.model_fields and _truth_for_number(value, cls.model_fields[name].annotation):
+                raise ValueError(f"{name} holds true or false where a number is wanted; give one")
         return values
 
     @classmethod

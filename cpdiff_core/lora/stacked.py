@@ -303,8 +303,8 @@ class StackedClassifier(nn.Module):
                 setattr(model.get_submodule(owner), place, layer)
 
     def compile_layers(self, backend: Any = "inductor") -> None:
-        """Compile the base's transformer layers: few programs, which serve every layer and any number of rows (with dropout
-        each layer has its own)."""
+        """Compile the base's transformer layers: few programs, which serve every layer and any number of rows. With LoRA
+        dropout each layer has its own, and DeBERTa one per number of rows; after 8 of them torch runs layers eagerly."""
         config = self.backbone.config
         blocks = self.backbone.h if config.model_type == "gpt2" else self.backbone.encoder.layer
         for block in blocks:

@@ -168,13 +168,18 @@ def test_few_programs_serve_all_layers_and_any_number_of_rows(case: Case) -> Non
     if case.family == "deberta":
         pytest.skip("DeBERTa's own Python has branches that depend on numbers of tokens")
     torch.compiler.reset()
-    counter, model = CompileCounter(), case.model()
+    counter, model, plain, numbers = CompileCounter(), case.model(), case.model(), set()
     model.compile_layers(backend=counter)
     for rows in (case.rows_SB[:, :1], case.rows_SB[:, :2], case.rows_SB[:, :3], case.rows_SB, case.rows_SB.repeat(1, 2)):
+        batch = case.pack(rows, 16)
+        numbers.add(len(batch.input_ids))
         w_SK = case.w_SK.clone().requires_grad_()
-        model(w_SK, model.stack_heads(case.heads, CLASSES), case.pack(rows, 16)).sum().backward()
+        logits = model(w_SK, model.stack_heads(case.heads, CLASSES), batch)
+        logits.sum().backward()
+        torch.testing.assert_close(logits, plain(case.w_SK, plain.stack_heads(case.heads, CLASSES), batch), atol=2e-5, rtol=1e-4)
     torch.compiler.reset()
-    assert counter.frame_count <= 4
+    assert len(numbers) >= 4
+    assert 2 <= counter.frame_count <= 4
 
 
 def test_logits_after_saving_and_loading_are_those_of_the_saved_model(case: Case, tmp_path: Path) -> None:

@@ -188,7 +188,13 @@ def test_env_example_is_what_prepare_does_anyway(tmp_path: Path) -> None:
     assert prepared(tmp_path) == plain | {"PREFECT_TASKS_REFRESH_CACHE": "false"}
 
 
-@pytest.mark.parametrize(("variables", "told"), [({}, False), ({"PREFECT_LOGGING_LEVEL": "WARNING"}, True)])
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, False), ({"PREFECT_LOGGING_LEVEL": "WARNING"}, True), ({"PREFECT_LOGGING_LEVEL": "error"}, False),
+        ({"PREFECT_LOGGING_LEVEL": "CRITICAL"}, False),
+    ],
+)  # fmt: skip
 def test_events_still_to_be_sent_at_the_end_are_no_ones_concern(tmp_path: Path, variables: dict[str, str], told: bool) -> None:
     """Three slow events are on their way when the process ends: all are waited for, which only those see who asked."""
     command = [sys.executable, "-c", SLOW_SENDER]

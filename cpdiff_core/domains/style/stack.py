@@ -1,8 +1,8 @@
 """Many LoRA adapters through one frozen PixArt in one forward pass, for training and for sampling.
 
 Each adapted projection computes the frozen product once for all images and adds x A_s^T B_s^T for the images of
-adapter s, which lie together; a stack that samples on a GPU multiplies by W + B_s A_s instead, which reads and writes the
-images' tokens less often. A stack of one equals PEFT (tested).
+adapter s, which lie together; a stack that samples many images on a GPU multiplies by W + B_s A_s instead, which reads and
+writes the images' tokens less often. A stack of one equals PEFT (tested).
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from cpdiff_core.domains.style.base import BLOCK_PATTERN, TARGET_MODULES, Captio
 from cpdiff_core.lora.layout import LoraSpec, ParameterLayout, initial_vector
 
 _PEFT_PREFIX = "base_model.model."
+MERGE_TOKENS = 8192
+"""Tokens per adapter from which a product for each adapter fills a GPU; below, two products serve all of them."""
 
 
 class StackedPixArt(nn.Module):
     """A frozen PixArt that runs S adapters on S x B images."""
 
     def __init__(self, transformer: nn.Module, layout: ParameterLayout, scaling: float, merged: bool = False) -> None:
-        """merged: without gradients the adapters become parts of the weights."""
+        """merged: without gradients, and with tokens enough, the adapters become parts of the weights."""
         super().__init__()
         self.layout = layout
         self.transformer: Any = copy.deepcopy(transformer)
@@ -67,9 +69,10 @@ class _StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a_SrI, b_SOr = self.pair
         x_STI = x.reshape(len(a_SrI), -1, x.shape[-1])
-        if self.merged and not torch.is_grad_enabled():
+        if self.merged and x_STI.shape[1] >= MERGE_TOKENS and not torch.is_grad_enabled():
             w_SOI = torch.baddbmm(self.weight.expand(len(a_SrI), -1, -1), b_SOr, a_SrI, alpha=self.scaling)
-            each = [F.linear(x_TI, w_OI, self.bias) for x_TI, w_OI in zip(x_STI, w_SOI, strict=True)]  # bmm adds no bias
+            # One product per adapter, which takes the bias along; compiled, their results need no copy to lie together.
+            each = [F.linear(x_TI, w_OI, self.bias) for x_TI, w_OI in zip(x_STI, w_SOI, strict=True)]
             return torch.stack(each).view(*x.shape[:-1], -1)
         hidden = torch.bmm(x_STI, a_SrI.transpose(1, 2))
         out = F.linear(x, self.weight, self.bias)

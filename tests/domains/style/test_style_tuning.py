@@ -11,6 +11,7 @@ from style_bases import encoded_style, injected, saved_tiny_base
 
 from cpdiff_core.artifacts import ResumeState
 from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.domains.style import stack as style_stack
 from cpdiff_core.domains.style.base import Captions, StyleBase, load_transformer, spec_of
 from cpdiff_core.domains.style.fine_tuning import (
     StyleFineTuneConfig,
@@ -41,19 +42,31 @@ def member(base: StyleBase, root: Path, name: str, seed: int = 0, **changes: obj
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_stack_of_three_equals_peft_one_at_a_time(base: StyleBase, merged: bool) -> None:
-    stack = build_stack(base, Path(), LORA, CPU, torch.float32)
-    if merged:  # as where the device is a GPU
-        stack = StackedPixArt(load_transformer(base, Path()), stack.layout, LORA.scaling, merged=True)
+def test_stack_of_three_equals_peft_one_at_a_time(
+    base: StyleBase, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_stack = build_stack(base, Path(), LORA, CPU, torch.float32)
+    stack = StackedPixArt(load_transformer(base, Path()), plain_stack.layout, LORA.scaling, merged)
+    monkeypatch.setattr(style_stack, "MERGE_TOKENS", 1)
+    merges = []
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, real=torch.baddbmm, **k: (merges.append(1), real(*a, **k))[1])
     torch.manual_seed(0)
     w_SK = 0.3 * torch.randn(3, stack.layout.num_parameters)
     x, t = torch.randn(6, 3, 8, 8), torch.tensor([5, 900, 30, 400, 2, 77])
     captions = Captions(torch.randn(6, 12, 384), (torch.rand(6, 12) > 0.4).float())
     with torch.no_grad():
         found = stack(w_SK, x, t, captions)
-    with_gradients = stack(w_SK, x, t, captions)
-    torch.testing.assert_close(with_gradients, found, atol=1e-4, rtol=1e-4)
-    assert torch.equal(with_gradients, found) != merged  # two ways of rounding, or one
+    assert bool(merges) == merged
+    gradients = []
+    for one in (plain_stack, stack):  # a stack that trains keeps the adapters apart
+        merges.clear()
+        wanted = w_SK.clone().requires_grad_()
+        out = one(wanted, x, t, captions)
+        torch.testing.assert_close(out.detach(), found, atol=1e-4, rtol=1e-4)
+        gradients.append(torch.autograd.grad((out**2).sum(), wanted)[0])
+        assert merges == []
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 1e-3
     apart = 0.0
     for s in range(3):
         rows = slice(2 * s, 2 * s + 2)

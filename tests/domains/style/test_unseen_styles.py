@@ -107,16 +107,17 @@ def test_table_has_every_arm_and_its_distances_are_those_of_the_images(style_run
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-def test_comparisons_of_several_styles_are_joined_as_they_are(style_run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["other", "2024", "01", "NA", "None"])
+def test_comparisons_of_several_styles_are_joined_as_they_are(style_run, tmp_path: Path, other: str) -> None:
     """A second style beside the first: the rows of both, unchanged, and what both say together."""
     first = next(iter(style_run.inputs("compare_unseen_style")))
     second, out = tmp_path / "second", tmp_path / "out"
     second.mkdir()
     out.mkdir()
-    frame = pd.read_csv(first / "unseen.csv", float_precision="round_trip").assign(style="other")
+    frame = pd.read_csv(first / "unseen.csv", float_precision="round_trip").assign(style=other)
     frame.to_csv(second / "unseen.csv", index=False)
     facts = json.loads((first / "unseen.json").read_text())
-    facts["styles"][0] |= {"style": "other", "sheet": "sheet_other.png"}
+    facts["styles"][0] |= {"style": other, "sheet": "sheet_other.png"}
     (second / "unseen.json").write_text(json.dumps(facts))
     (second / "sheet_other.png").write_bytes((first / f"sheet_{LEFT_OUT}.png").read_bytes())
     seal(second)
@@ -126,9 +127,9 @@ def test_comparisons_of_several_styles_are_joined_as_they_are(style_run, tmp_pat
     told = (out / "unseen.txt").read_text()
     assert "generated, weights, on 2 unseen style(s)" in told
     assert f"{LEFT_OUT}: {facts['styles'][0]['nearest']} (cosine" in told
-    assert "; other: " in told
+    assert f"; {other}: " in told
     assert (out / "sheet_other.png").is_file()
-    assert [found["style"] for found in json.loads((out / "unseen.json").read_text())["styles"]] == [LEFT_OUT, "other"]
+    assert [found["style"] for found in json.loads((out / "unseen.json").read_text())["styles"]] == [LEFT_OUT, other]
 
 
 def _real(style_run) -> torch.Tensor:
