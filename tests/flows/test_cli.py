@@ -94,7 +94,7 @@ def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 FIELDS = {
     "truth for a number": ("fine_tune.learning_rate", True, ("fine_tune: learning_rate holds true or false where a number",)),
-    "truth among numbers": ("diffusion.unet.multipliers", [1, True], ("multipliers holds true or false where a number is wanted",)),
+    "truth among numbers": ("diffusion.unet.multipliers", [1, True], ("multipliers holds true or false where a number",)),
     "unknown field": ("learning_rte", 0.1, ("learning_rte", "unknown field; check its name")),
     "misspelt field": ("fine_tune.lerning_rate", 0.1, ("fine_tune.lerning_rate", "unknown field; nearest: learning_rate")),
     "misspelt field of a kind": ("autoencoder.training.stps", 1, ("autoencoder.conv.training.stps", "nearest: steps")),
