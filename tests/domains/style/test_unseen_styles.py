@@ -102,6 +102,9 @@ def test_table_has_every_arm_and_its_distances_are_those_of_the_images(style_run
         assert row[f"gain_over_{key}_low"] <= row[f"gain_over_{key}"] <= row[f"gain_over_{key}_high"]
     summary = (style_run.report / "summary.txt").read_text()
     assert "generated, through the base, on 1 unseen style(s)" in summary
+    page = (style_run.report / "report.html").read_text()
+    assert "<li>generated, through the base, on 1 unseen style(s)" in page
+    assert "<li>Nearest training styles: " in page
     alone = next(iter(style_run.inputs("compare_unseen_style")))
     for name in ("unseen.csv", "unseen.json", "unseen.txt", f"sheet_{LEFT_OUT}.png"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
