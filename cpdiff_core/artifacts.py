@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ from safetensors.torch import save_file
 
 from cpdiff_core.config import Config, UserError
 from cpdiff_core.progress import is_cancelled
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
@@ -124,6 +127,17 @@ def verify(folder: Path) -> list[str]:
 
 def read_json(folder: Path, name: str) -> Any:
     return json.loads(checked(folder, name).read_text(encoding="utf-8"))
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """A CSV of an artifact, checked. Numbers are those that were written, bit for bit, and names of tasks, styles, arms and
+    metrics are text: a style may be called 2024 or NA."""
+    import pandas as pd  # half a second, which most that read artifacts are spared
+
+    return pd.read_csv(
+        checked(folder, name), dtype=dict.fromkeys(("task", "style", "arm", "metric"), str), keep_default_na=False,
+        na_values=[""], float_precision="round_trip",
+    )  # fmt: skip
 
 
 def provenance_of(artifacts: Iterable[Artifact], root: Path) -> dict[Artifact, dict[str, Any]]:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,21 +32,22 @@ def _in_words(model: type[Any]) -> str:
     return " ".join([words[0], *(word if word.isupper() else word.lower() for word in words[1:])])
 
 
-def _truth_for_number(value: Any, annotation: Any) -> bool:
-    """Whether `value`, or something in a list or mapping of it, is true or false where `annotation` takes numbers."""
-    if isinstance(value, dict):
-        return any(_truth_for_number(item, annotation) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_truth_for_number(item, annotation) for item in value)
-    if not isinstance(value, bool):
-        return False
-    kinds = _types_in(annotation)
-    return (int in kinds or float in kinds) and bool not in kinds
+@cache
+def _number_fields(model: type[BaseModel]) -> frozenset[str]:
+    """The fields of `model` that take numbers, alone or in lists and mappings, and neither true nor false."""
+    kinds = {name: _types_in(field.annotation) for name, field in model.model_fields.items()}
+    return frozenset(name for name, found in kinds.items() if (int in found or float in found) and bool not in found)
 
 
 def _types_in(annotation: Any) -> list[Any]:
     """An annotation such as tuple[int, ...] | None and all that stands in it."""
     return [annotation, *(inner for part in get_args(annotation) for inner in _types_in(part))]
+
+
+def _holds_truth(value: Any) -> bool:
+    """Whether `value`, or something in a list or mapping of it, is true or false."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, bool) or any(map(_holds_truth, items))
 
 
 class Config(BaseModel):
@@ -57,9 +59,10 @@ class Config(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, values: Any) -> Any:
         """pydantic would read true as 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if name in cls.model_fields and _truth_for_number(value, cls.model_fields[name].annotation):
-                raise ValueError(f"{name} holds true or false where a number is wanted; give one")
+        if isinstance(values, dict):
+            for name in values:
+                if name in _number_fields(cls) and _holds_truth(values[name]):
+                    raise ValueError(f"{name} holds true or false where a number is wanted; give one")
         return values
 
     @classmethod

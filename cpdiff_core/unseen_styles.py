@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, read_json, read_table, read_tensors, write_json
 from cpdiff_core.bundle import pooled
 from cpdiff_core.config import Config
 from cpdiff_core.domains.style.encoding import CONDITION_FILE, FEATURE_FILE
@@ -115,19 +115,11 @@ def write_unseen(out: Path, inputs: UnseenInputs, root: Path) -> None:
 
 def join_unseen(out: Path, comparisons: Sequence[Path]) -> None:
     """Several styles' tables, facts and sheets as one, with what they say together."""
-    frames = [_read_table(folder) for folder in comparisons]
+    frames = [read_table(folder, UNSEEN_TABLE) for folder in comparisons]
     facts = [found for folder in comparisons for found in read_json(folder, UNSEEN_FACTS)["styles"]]
     for folder, found in zip(comparisons, facts, strict=True):
         shutil.copyfile(checked(folder, found["sheet"]), out / found["sheet"])
     _write(out, pd.concat(frames, ignore_index=True), facts)
-
-
-def _read_table(folder: Path) -> pd.DataFrame:
-    """The numbers bit for bit, and names as they were written: a style may be called 2024 or NA."""
-    return pd.read_csv(
-        checked(folder, UNSEEN_TABLE), dtype=dict.fromkeys(("style", "arm", "metric"), str), keep_default_na=False,
-        na_values=[""], float_precision="round_trip",
-    )  # fmt: skip
 
 
 def _write(out: Path, frame: pd.DataFrame, facts: list[dict[str, Any]]) -> None:

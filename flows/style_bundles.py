@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from prefect import flow
 
-from cpdiff_core.artifacts import checked, read_json
+from cpdiff_core.artifacts import read_json, read_table
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.style.base import TARGET_MODULES, PixArtBase, PretrainedBase
 from cpdiff_core.domains.style.encoding import CLASS_FILE
@@ -33,7 +33,7 @@ def bundle_style_experiment(
         num_references: Training adapters per style that travel with the generator, to measure novelty against.
     """
     report = Path(run_style_experiment(experiment, runtime)).parent
-    scores = pd.read_csv(checked(report, "results.csv"))
+    scores = read_table(report, "results.csv")
     resolved = resolve_styles(experiment, Path(runtime.data_dir) if runtime.data_dir else None)
     pipeline = StylePipeline(resolved, style_base(resolved, runtime), runtime)
     zoo = pipeline.harvest()

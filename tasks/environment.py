@@ -55,9 +55,10 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
     for name, value in DEFAULTS.items():
         if name not in chosen:
             os.environ[name] = value
-    level = chosen.get("PREFECT_LOGGING_LEVEL", DEFAULTS["PREFECT_LOGGING_LEVEL"]).upper()
-    for sender in SENDERS if level in logging.getLevelNamesMapping() else ():  # Prefect itself complains of another
-        logging.getLogger(sender).setLevel(level)
+    level = (DEFAULTS | chosen)["PREFECT_LOGGING_LEVEL"].upper()
+    if level in logging.getLevelNamesMapping():  # Prefect itself complains of another
+        for sender in SENDERS:
+            logging.getLogger(sender).setLevel(level)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     wanted = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from cpdiff_core.artifacts import checked
+from cpdiff_core.artifacts import checked, read_table
 from cpdiff_core.cards import ArmScore
 from cpdiff_core.delivery import SUMMARY
 from cpdiff_core.reports.comparison import markdown
@@ -38,7 +38,7 @@ def artifact_key(*parts: str) -> str:
 
 def publish(name: str, report: Path) -> None:
     """Publish results.csv as a table, the summary with the figures as markdown, and a link to the page, if it has one."""
-    frame = pd.read_csv(checked(report, "results.csv"))
+    frame = read_table(report, "results.csv")
     create_table_artifact(
         key=artifact_key(name, "results"), table=table_rows(frame.round(2)), description=f"Results of {name}"
     )

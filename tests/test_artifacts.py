@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from cpdiff_core.artifacts import MANIFEST, PROVENANCE, Artifact, provenance_of, seal, verify, write_json
+from cpdiff_core.artifacts import MANIFEST, PROVENANCE, Artifact, provenance_of, read_table, seal, verify, write_json
 from cpdiff_core.config import UserError
 
 
@@ -34,3 +35,18 @@ def test_damaged_provenance_names_the_stage_to_run_again(tmp_path: Path, text: s
     (artifact.under(tmp_path) / PROVENANCE).write_text(text)
     with pytest.raises(UserError, match=r"provenance\.json': is damaged; delete the folder .*stage 'fit_head' will be"):
         provenance_of([artifact], tmp_path)
+
+
+def test_tables_keep_names_as_text_and_numbers_to_the_bit(tmp_path: Path) -> None:
+    written = pd.DataFrame(
+        {
+            "style": ["2024", "01", "NA", "None"], "arm": ["null", "nan", "generated", "1e3"],
+            "estimate": [0.1 + 0.2, 1 / 3, None, 7.0],
+        }
+    )  # fmt: skip
+    written.to_csv(tmp_path / "results.csv", index=False)
+    seal(tmp_path)
+    pd.testing.assert_frame_equal(read_table(tmp_path, "results.csv"), written, check_exact=True, check_dtype=False)
+    (tmp_path / "results.csv").write_text("style\nother\n")
+    with pytest.raises(UserError, match="truncated or altered"):
+        read_table(tmp_path, "results.csv")

@@ -55,12 +55,12 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     frame.to_csv(out / "results.csv", index=False)
     notes = style_notes(config, inputs, base_quality(inputs, classifier, root))
     summary = [styles_text(frame), "", style_headline(results), "", *(f"- {note}" for note in notes)]
-    unseen: list[str] = []  # the table, which styles are nearest, and what each objective's rows say
+    unseen: list[str] = []  # the table, what each objective's rows say, and which styles are nearest
     if inputs.unseen is not None:
         text = checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()
         summary += ["", text]
-        table, *said = text.split("\n\n")
-        unseen = [table, *(line for block in said for line in block.splitlines())]
+        table, nearest, verdicts = text.split("\n\n")
+        unseen = [table, *verdicts.splitlines(), nearest]
     (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
     vectors = collect_style_vectors(inputs.arms, config.features.distance_name, config.select_by, config.seed, root)
     candidates_frame(vectors).to_csv(out / "candidates.csv", index=False, float_format="%.6g")
