@@ -53,7 +53,8 @@ def fit_through_base(
     device = device_of(runtime)
     if tuple(read_json(folder(conditions), "prompts.json")["tasks"]) != images.styles:
         raise ValueError("the styles of the conditions and of the images must be the same, in the same order")
-    data = DenoisingLoss(images.base, root(), images.lora, images.encoded, device, images.precision)
+    compiled = device.type == "cuda" and runtime.compile is not False
+    data = DenoisingLoss(images.base, root(), images.lora, images.encoded, device, images.precision, compiled)
     model, decoder, losses = compute_through_base(
         objective, config, condition, ParameterAutoencoder.load(folder(autoencoder), device),
         stacked_statistics(load_normalizer(normalizer), images.styles), data,
