@@ -193,10 +193,12 @@ class StylePipeline:
         classifier = style_stages.fit_style_classifier(names, tuple(self.real[name] for name in names))
         samples = style_stages.score_style_report(self.scoring(photos), VectorSet(kind="zeros"), runtime=self.runtime)
         pair = [(self.scoring(style), arm.candidates) for style, arm in zip(self.scored, arms, strict=True)]
-        (first, one), (second, other) = pair[0], pair[-1]
-        interpolation = style_stages.interpolate_styles(
-            first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
-        )
+        interpolation = None
+        if len(pair) > 1:  # one style has no other to go to
+            (first, one), (second, other) = pair[0], pair[-1]
+            interpolation = style_stages.interpolate_styles(
+                first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
+            )
         trajectories = {
             style.name: style_stages.style_trajectory(
                 style.name, zoo, generator, config.sampling, NUM_TRAJECTORIES, config.seed, runtime=self.runtime

@@ -80,8 +80,12 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         rows=frame.to_dict("records"),
         spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
-        between_sheets={kind: pictures.source(f"sheet_interpolation_{kind}.png") for kind in between["distance"]},
-        figures={name: pictures.source(f"{name}.png") for name in ("interpolation", "trajectory")},
+        between_sheets={
+            kind: pictures.source(f"sheet_interpolation_{kind}.png") for kind in (between["distance"] if between else ())
+        },
+        figures={
+            name: pictures.source(f"{name}.png") for name in (*(["interpolation"] if between else []), "trajectory")
+        },
         metric=config.features.distance_name, cost=style_cost(inputs, root),
         configuration=json.dumps(config.model_dump(mode="json"), indent=1),
     )  # fmt: skip
@@ -144,8 +148,10 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
     )  # fmt: skip
 
 
-def interpolation_data(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
-    """What the slider between the first and the last style shows."""
+def interpolation_data(inputs: StyleReportInputs, root: Path) -> dict[str, Any] | None:
+    """What the slider between the first and the last style shows; None if there is one style alone."""
+    if inputs.interpolation is None:
+        return None
     found = read_json(inputs.interpolation.under(root), INTERPOLATION_FILE)
     return {
         "lambdas": found["lambdas"], "distance": found["distance"], "gap": SHEET_GAP,

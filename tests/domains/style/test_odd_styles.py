@@ -1,0 +1,45 @@
+"""Style experiments that are odd and legal: one style in the table and the like."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import StyleRun
+
+RunVariant = Callable[..., Path]
+
+
+@pytest.fixture
+def run_variant(style_run: StyleRun, tmp_path: Path) -> RunVariant:
+    """`run_variant(scored=[...])`: the tiny experiment with changes, in a copy of its root; the folder of the report."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    from cpdiff_core.style_experiments import StyleExperimentConfig
+    from flows.style import run_style_experiment
+
+    def run(**changes: Any) -> Path:
+        root = shutil.copytree(style_run.root, tmp_path / "root")
+        experiment = StyleExperimentConfig.model_validate(style_run.experiment.model_dump(mode="json") | changes)
+        with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root}):
+            return Path(run_style_experiment(experiment, style_run.runtime)).parent
+
+    return run
+
+
+def test_one_style_in_the_table_is_not_interpolated(run_variant: RunVariant) -> None:
+    report = run_variant(scored=["oil"])
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert 'id="interpolation"' not in page
+    assert 'href="#interpolation"' not in page
+    assert '"interpolation":null' in page  # what the script reads
+    assert not list(report.glob("*interpolation*"))
+    assert 'id="trajectory"' in page
+    assert (report / "trajectory.png").is_file()
+    stages = report.parents[1] / "interpolate_styles"
+    assert len(list(stages.glob("*/config.json"))) == 1, "that of the run that was copied"
