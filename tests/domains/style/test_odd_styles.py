@@ -43,3 +43,12 @@ def test_one_style_in_the_table_is_not_interpolated(run_variant: RunVariant) -> 
     assert (report / "trajectory.png").is_file()
     stages = report.parents[1] / "interpolate_styles"
     assert len(list(stages.glob("*/config.json"))) == 1, "that of the run that was copied"
+
+
+def test_way_between_styles_is_told_from_the_first_to_the_last(style_run: StyleRun) -> None:
+    """The table begins with oil, and chalk comes first in the alphabet, so in the file of the distances."""
+    page = (style_run.report / "report.html").read_text(encoding="utf-8")
+    assert "From oil (lambda 0) to chalk (lambda 1)" in page
+    assert '"styles":["oil","chalk"]' in page  # what the script reads
+    (inputs,) = style_run.inputs("interpolate_styles").values()
+    assert [inputs[end]["style"] for end in ("first", "second")] == ["oil", "chalk"]
