@@ -20,7 +20,7 @@ SHEET_GAP = 2
 def draw_style_figures(
     out: Path, interpolation: Artifact | None, trajectories: dict[str, Artifact], distance_name: str, root: Path
 ) -> None:
-    """Write `trajectory` and, if there is one, `interpolation` with the sheets `sheet_interpolation_<kind>` into `out`."""
+    """Write `trajectory` and, if there is one, `interpolation` with the sheets `interpolation_<kind>` into `out`."""
     paths = {style: read_tensors(artifact.under(root), TRAJECTORY_FILE) for style, artifact in trajectories.items()}
     with drawing():
         save_figure(_trajectories(paths), out, "trajectory")
@@ -32,7 +32,7 @@ def draw_style_figures(
     for kind, images_LNCHW in read_tensors(interpolation.under(root), "images.safetensors").items():
         rows = [row[:SHEET_COLUMNS] for row in images_LNCHW]
         sheet = contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1]), gap=SHEET_GAP)
-        (out / f"sheet_interpolation_{kind}.png").write_bytes(sheet)
+        (out / f"interpolation_{kind}.png").write_bytes(sheet)
 
 
 def _interpolation(found: dict[str, Any], distance_name: str) -> Any:

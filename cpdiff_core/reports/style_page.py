@@ -81,7 +81,7 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
         between_sheets={
-            kind: pictures.source(f"sheet_interpolation_{kind}.png") for kind in (between["distance"] if between else ())
+            kind: pictures.source(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
         },
         figures={
             name: pictures.source(f"{name}.png") for name in (*(["interpolation"] if between else []), "trajectory")
@@ -102,7 +102,10 @@ class Sheet:
 
 
 def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet]:
-    """Contact sheets, as PNG in `out`: of every style its arms and its candidates, and of the base itself."""
+    """Contact sheets, as PNG in `out`: of every style its arms and its candidates, and of the base itself.
+
+    A style may be called `base` or `ink_candidates`: its name stands last in that of a file, after what tells the kind.
+    """
     sheets = []
     for entry, style in zip(inputs.arms, inputs.styles, strict=True):
         rows, labels = style_sheet(entry, root)
@@ -110,10 +113,10 @@ def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet
         name = _sheet(out, f"sheet_{entry.style}", [*rows, real])
         sheets.append(Sheet(entry.style, name, [*labels, "real, of the report"]))
         candidates = read_tensors(entry.generated.under(root), SAMPLE_FILE)["images_VNCHW"][:, :SHEET_COLUMNS]
-        name = _sheet(out, f"sheet_{entry.style}_candidates", list(candidates))
+        name = _sheet(out, f"candidates_{entry.style}", list(candidates))
         sheets.append(Sheet(f"{entry.style}, every candidate", name, [f"candidate {row}" for row in range(len(candidates))]))
     base = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
-    sheets.append(Sheet("the base itself", _sheet(out, "sheet_base", list(base)), ["sample", "nearest training photograph"]))
+    sheets.append(Sheet("the base itself", _sheet(out, "base_sheet", list(base)), ["sample", "nearest training photograph"]))
     return sheets
 
 
@@ -123,7 +126,7 @@ def write_unseen_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> lis
         return []
     sheets, folder = [], inputs.unseen.under(root)
     for found in read_json(folder, "unseen.json")["styles"]:
-        name = f"sheet_{found['style']}_left_out.png"
+        name = f"left_out_{found['style']}.png"
         (out / name).write_bytes(checked(folder, found["sheet"]).read_bytes())
         sheets.append(Sheet(f"{found['style']}, left out", name, found["labels"]))
     return sheets
@@ -133,6 +136,8 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
     """How the page calls the scores and distances of single vectors."""
     chosen = {"kid": "KID", "frechet": "Fr\u00e9chet distance"}[config.select_by]
     name = config.features.distance_name
+    single = config.num_checkpoints * config.num_runs == 1
+    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
     return Reading(
         splits={"report": "images of the report", "selection": "images to choose by"},
         columns={"report": "distance of images", "selection": f"{chosen} that chooses"},
@@ -141,10 +146,10 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
             "report": f"{name}, images of the report; lower is better",
             "selection": f"{chosen}, images to choose by; lower is better",
         },
-        xlabel="distance to the nearest training vector, raw factors (1: the training vectors' own median distance)",
+        xlabel=f"distance to the nearest training vector, raw factors (1: {unit})",
         distance_name="of weights to the nearest, raw factors", good="low",
-        note="Lower scores are better here. Novelty is the distance of the weights over the training vectors' own median "
-        "distance to each other; at 1 or below a candidate is as near as they are. Images have no labels to disagree on.",
+        note=f"Lower scores are better here. Novelty is the distance of the weights over {unit}; at 1 or below a candidate "
+        "counts as a copy. Images have no labels to disagree on.",
     )  # fmt: skip
 
 
@@ -217,14 +222,14 @@ def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, qualit
         "depend on the number of images: compare rows of one style only, and with their floor, real training images.",
         f"Chosen by {chosen} to images held out for choosing, on other noise than reported: original (selected) and "
         "generated (selected). original (oracle) is nearest to the report's images themselves: nobody can choose it.",
-        "accepted: share of images that a linear probe on features, fitted on training images of all styles and "
-        "photographs, takes for the style.",
+        "accepted: share of images that a linear probe on features, fitted on training images of the scored and the "
+        "left-out styles and of photographs, takes for the style.",
         f"The base against photographs held out of its training: {base.distance.spread} at n = {base.num_images}, "
         f"floor {floor.distance.estimate:.1f} at n = {floor.num_images}, ratio {ratio:.2f}{made}. Far above 1, a style's "
         "no-LoRA row measures the base's failure too.",
-        f"{len(inputs.arms)} styles, LoRA rank {config.lora.rank}, {config.num_runs} run(s), "
-        f"N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, {config.images.num_images} images per "
-        f"vector, seed {config.seed}. One seed says nothing about the spread over seeds.",
+        f"{len(inputs.arms)} style(s) of the {len(config.styles)} trained on, LoRA rank {config.lora.rank}, "
+        f"{config.num_runs} run(s), N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, "
+        f"{config.images.num_images} images per vector, seed {config.seed}. One seed says nothing about the spread over seeds.",
         *(f"This preset's economy: {text}." for text in config.economies),
     ]
 

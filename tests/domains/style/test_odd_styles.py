@@ -52,3 +52,35 @@ def test_way_between_styles_is_told_from_the_first_to_the_last(style_run: StyleR
     assert '"styles":["oil","chalk"]' in page  # what the script reads
     (inputs,) = style_run.inputs("interpolate_styles").values()
     assert [inputs[end]["style"] for end in ("first", "second")] == ["oil", "chalk"]
+
+
+def test_page_says_what_its_table_is_of(style_run: StyleRun) -> None:
+    """Two of four styles are in the table; the probe knows those, the one left out and the photographs."""
+    page = (style_run.report / "report.html").read_text(encoding="utf-8")
+    assert "2 style(s) of the 4 trained on" in page
+    assert "the scored and the left-out styles and of photographs" in page
+    (probe,) = {tuple(inputs["names"]) for inputs in style_run.inputs("fit_style_classifier").values()}
+    assert set(probe) == {"oil", "chalk", "ink", "photo"}
+
+
+def test_whole_cost_counts_every_stage_that_the_report_names(style_run: StyleRun) -> None:
+    page = (style_run.report / "report.html").read_text(encoding="utf-8")
+    for stage in ("style_trajectory", "interpolate_styles", "compare_unseen_styles"):
+        for folder in style_run.inputs(stage):
+            assert f"<th scope=\"row\">{stage}</th><td><code>{folder.name}</code>" in page, stage
+
+
+@pytest.mark.parametrize(("changes", "unit"), [({"num_checkpoints": 1}, "1 % of the"), ({}, "the training vectors' own")])
+def test_novelty_of_a_single_training_vector_is_told_as_it_is_measured(style_run: StyleRun, changes, unit: str) -> None:
+    from cpdiff_core.reports.style_page import style_reading
+
+    reading = style_reading(style_run.experiment.model_copy(update=changes))
+    assert f"over {unit}" in reading.note
+    assert f"(1: {unit}" in reading.xlabel
+
+
+@pytest.mark.parametrize("name", ["base", "oil_candidates", "ink_left_out", "interpolation_weights", "interpolation"])
+def test_no_style_can_have_a_name_whose_pictures_overwrite_others(style_run: StyleRun, name: str) -> None:
+    made = {path.name for path in style_run.report.glob("*.png")}
+    assert {"sheet_oil.png", "candidates_oil.png", "left_out_ink.png"} <= made
+    assert not made & {f"{kind}_{name}.png" for kind in ("sheet", "candidates", "left_out")}
