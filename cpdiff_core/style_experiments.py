@@ -106,6 +106,8 @@ class StyleExperimentConfig(Config):
         if self.compared_objectives and not self.left_out:
             raise ValueError("compared_objectives: are compared on left-out styles; name some in left_out")
         objectives = (self.objective, *self.compared_objectives)
+        if any(one in objectives[:i] for i, one in enumerate(objectives)):
+            raise ValueError("compared_objectives: an objective occurs twice; they must differ, also from `objective`")
         if any(o.kind == "through_base" for o in objectives) and self.diffusion.prediction_type != "v_prediction":
             raise ValueError("objective through_base: needs diffusion.prediction_type 'v_prediction'; set it")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,3 +85,21 @@ def test_no_style_can_have_a_name_whose_pictures_overwrite_others(style_run: Sty
     made = {path.name for path in style_run.report.glob("*.png")}
     assert {"sheet_oil.png", "candidates_oil.png", "left_out_ink.png"} <= made
     assert not made & {f"{kind}_{name}.png" for kind in ("sheet", "candidates", "left_out")}
+
+
+def test_objectives_of_one_kind_have_rows_of_their_own(style_run: StyleRun, run_variant: RunVariant) -> None:
+    (one,) = (objective.model_dump(mode="json") for objective in style_run.experiment.compared_objectives)
+    report = run_variant(compared_objectives=[one, one | {"train_decoder": False}], scored=["oil"])
+    summary = (report / "summary.txt").read_text(encoding="utf-8")
+    for name in ("weights", "through the base 1", "through the base 2"):
+        assert re.search(rf"^ink +generated, {name}  ", summary, re.M), name
+        assert re.search(rf"^ink +shuffled condition, {name}  ", summary, re.M), name
+        assert f"\ngenerated, {name}, on 1 unseen style(s)" in summary
+
+
+@pytest.mark.parametrize("twice", [[{"kind": "weights"}], [{"kind": "through_base"}] * 2])
+def test_objective_that_occurs_twice_is_refused(style_run: StyleRun, twice: list[dict[str, str]]) -> None:
+    from cpdiff_core.style_experiments import StyleExperimentConfig
+
+    with pytest.raises(ValueError, match="compared_objectives: an objective occurs twice"):
+        StyleExperimentConfig.model_validate(style_run.experiment.model_dump(mode="json") | {"compared_objectives": twice})
