@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,3 +104,22 @@ def test_objective_that_occurs_twice_is_refused(style_run: StyleRun, twice: list
 
     with pytest.raises(ValueError, match="compared_objectives: an objective occurs twice"):
         StyleExperimentConfig.model_validate(style_run.experiment.model_dump(mode="json") | {"compared_objectives": twice})
+
+
+@pytest.mark.parametrize("base", [{}, {"base": {"kind": "embedded"}}])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"scheduler": "foo"}, "images: scheduler 'foo': unknown; use ddpm"),
+        ({"num_inference_steps": 1001}, "images: num_inference_steps 1001: is more than num_train_timesteps 1000; use at most"),
+        ({"num_inference_steps": 1000, "guidance_scale": 0.0}, None),
+    ],
+)
+def test_images_that_cannot_be_sampled_are_refused_before_anything_is_trained(style_run: StyleRun, base, images, message):
+    from cpdiff_core.config import UserError
+    from cpdiff_core.style_experiments import StyleExperimentConfig, resolve_styles
+
+    values = style_run.experiment.model_dump(mode="json")
+    experiment = StyleExperimentConfig.model_validate(values | base | {"images": values["images"] | images})
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        resolve_styles(experiment, style_run.data)
