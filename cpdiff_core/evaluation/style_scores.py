@@ -6,6 +6,7 @@ never see what is reported. The splits also draw from different noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import Config, RuntimeConfig
+from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.domains.glue.stacks import Precision, compiles_layers, device_of
 from cpdiff_core.domains.style.base import ImageCodec, StyleBase, spec_of
 from cpdiff_core.domains.style.denoising import ENCODED_FILE
@@ -23,6 +24,7 @@ from cpdiff_core.domains.style.encoding import CLASS_FILE, FEATURE_FILE, prompt_
 from cpdiff_core.domains.style.features import FeatureConfig, image_features
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_images
 from cpdiff_core.domains.style.stack import build_stack
+from cpdiff_core.domains.style.styles import SplitName
 from cpdiff_core.evaluation.selection import SelectionScores
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.zoo import VectorSet
@@ -93,6 +95,16 @@ def score_style(
             "kid": [kernel_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
         },
     )  # fmt: skip
+
+
+def check_real(real: Mapping[str, torch.Tensor], splits: Sequence[SplitName], style: str) -> None:
+    """Raises UserError for a style that has too few real images in one of these splits for a distance to them."""
+    for split in splits:
+        if len(real[split]) < 2:
+            raise UserError(
+                f"style {style!r}: {len(real[split])} of its images is in the split {split!r}, and a distance takes at least "
+                "two; give more images or change splits"
+            )
 
 
 def load_style_selection(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from style_pictures import write_pictures
 
 if TYPE_CHECKING:
     from conftest import StyleRun
@@ -123,3 +124,16 @@ def test_images_that_cannot_be_sampled_are_refused_before_anything_is_trained(st
     experiment = StyleExperimentConfig.model_validate(values | base | {"images": values["images"] | images})
     with pytest.raises(UserError, match=message) if message else nullcontext():
         resolve_styles(experiment, style_run.data)
+
+
+def test_style_with_one_image_to_choose_by_is_refused_before_anything_is_trained(
+    style_run: StyleRun, run_variant: RunVariant, tmp_path: Path
+) -> None:
+    from cpdiff_core.config import UserError
+
+    write_pictures(style_run.data / "few", 12, 7)
+    few = {"name": "few", "source": {"kind": "folder", "path": "few"}}
+    styles = [*style_run.experiment.model_dump(mode="json")["styles"], few]
+    with pytest.raises(UserError, match="style 'few': 1 of its images is in the split 'selection'"):
+        run_variant(styles=styles, scored=["oil", "few"])
+    assert len(list((tmp_path / "root" / "harvest_style").glob("*/config.json"))) == 4, "those of the run that was copied"
