@@ -68,9 +68,12 @@ class UnseenInputs(Config):
 
 
 def nearest_style(y_E: torch.Tensor, y_QPE: torch.Tensor) -> tuple[int, float]:
-    """(the training style whose mean condition points most nearly as y_E does, centred on all styles; the cosine)."""
+    """(the training style whose mean condition points most nearly as y_E does, centred on all styles; the cosine).
+
+    A style alone is its own centre, from which it points nowhere: it keeps its direction.
+    """
     mean_QE = y_QPE.double().mean(1)
-    centre_E = mean_QE.mean(0)
+    centre_E = mean_QE.mean(0) if len(mean_QE) > 1 else torch.zeros_like(mean_QE[0])
     cosine_Q = torch.cosine_similarity((y_E.double() - centre_E)[None], mean_QE - centre_E)
     return int(cosine_Q.argmax()), float(cosine_Q.max())
 
