@@ -77,22 +77,27 @@ def score_style(
     seed = 2 * config.images.seed + (split == "report")
     label = f"{config.style} {vectors.kind} on {split}"
     features, shown = [], []
-    for part_VK in w_VK.split(_GROUP):
+    for first, part_VK in zip(range(0, len(w_VK), _GROUP), w_VK.split(_GROUP), strict=True):
         x_VNCHW = sample_images(stack, spec, part_VK, captions, config.images, seed, device, f"sample {label}", runtime)
+        bad = torch.nonzero(~x_VNCHW.flatten(1).isfinite().all(1)).flatten().tolist()
+        if bad:  # as bytes they would be black pictures, which have a distance like any others
+            raise UserError(
+                f"style {config.style!r}: the images of {vectors.kind}, row {first + bad[0]}, are not finite; "
+                "lower the learning rate, the temperature or the guidance that made them"
+            )
         images = codec.decode(x_VNCHW.flatten(0, 1))
         shown.append(images.unflatten(0, x_VNCHW.shape[:2])[:, :SHOWN_IMAGES])
         found = image_features(config.features, images, device, f"features {label}", runtime)
         features.append(found.unflatten(0, x_VNCHW.shape[:2]))
     x_VND, real = torch.cat(features), read_tensors(config.real.under(root), FEATURE_FILE)[split]
-    finite = [bool(x_ND.isfinite().all()) for x_ND in x_VND]
     write_tensors(out / SAMPLE_FILE, {"features_VND": x_VND, "images_VNCHW": torch.cat(shown)})
     write_json(
         out / SCORE_FILE,
         {
             "style": config.style, "split": split, "prompts": prompts,
             "num_images": len(prompts), "num_real": len(real),
-            "frechet": [frechet_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
-            "kid": [kernel_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
+            "frechet": [frechet_distance(x_ND, real) for x_ND in x_VND],
+            "kid": [kernel_distance(x_ND, real) for x_ND in x_VND],
         },
     )  # fmt: skip
 

@@ -137,3 +137,13 @@ def test_style_with_one_image_to_choose_by_is_refused_before_anything_is_trained
     with pytest.raises(UserError, match="style 'few': 1 of its images is in the split 'selection'"):
         run_variant(styles=styles, scored=["oil", "few"])
     assert len(list((tmp_path / "root" / "harvest_style").glob("*/config.json"))) == 4, "those of the run that was copied"
+
+
+def test_adapter_whose_images_are_not_finite_is_refused_and_not_scored_as_black_pictures(
+    style_run: StyleRun, run_variant: RunVariant
+) -> None:
+    from cpdiff_core.config import UserError
+
+    sampling = style_run.experiment.sampling.model_dump(mode="json") | {"temperature": 1e30}
+    with pytest.raises(UserError, match=r"style 'oil': the images of candidates, row 0, are not finite; lower"):
+        run_variant(sampling=sampling, scored=["oil"], left_out=[], compared_objectives=[])
