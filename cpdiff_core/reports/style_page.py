@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, read_json, read_table, read_tensors, write_json
 from cpdiff_core.domains.style.base import EmbeddedBase, StyleBase, embedded_quality
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
@@ -45,6 +45,7 @@ from cpdiff_core.reports.style_vectors import collect_style_vectors, scored_vect
 from cpdiff_core.reports.vector_figures import draw_vectors
 from cpdiff_core.reports.vectors import candidates_frame
 from cpdiff_core.style_experiments import StyleExperimentConfig
+from cpdiff_core.unseen_styles import GAINS, UNSEEN_FACTS, UNSEEN_TABLE, UNSEEN_TEXT, nearest_line
 
 
 def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs, root: Path) -> None:
@@ -55,12 +56,8 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     frame.to_csv(out / "results.csv", index=False)
     notes = style_notes(config, inputs, base_quality(inputs, classifier, root))
     summary = [styles_text(frame), "", style_headline(results), "", *(f"- {note}" for note in notes)]
-    unseen: list[str] = []  # the table, what each objective's rows say, and which styles are nearest
     if inputs.unseen is not None:
-        text = checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()
-        summary += ["", text]
-        table, nearest, verdicts = text.split("\n\n")
-        unseen = [table, *verdicts.splitlines(), nearest]
+        summary += ["", checked(inputs.unseen.under(root), UNSEEN_TEXT).read_text(encoding="utf-8").rstrip()]
     (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
     vectors = collect_style_vectors(inputs.arms, config.features.distance_name, config.select_by, config.seed, root)
     candidates_frame(vectors).to_csv(out / "candidates.csv", index=False, float_format="%.6g")
@@ -75,10 +72,11 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
     page = render(
         "style.html.j2", {"explore": explored and explored.data(), "interpolation": between, "trajectory": trajectories},
-        config=config, headline=style_headline(results), notes=notes, unseen=unseen, unseen_sheets=unseen_sheets,
+        config=config, headline=style_headline(results), notes=notes, unseen=left_out_table(inputs, root),
+        unseen_sheets=unseen_sheets,
         styles=list(results),
         rows=frame.to_dict("records"),
-        spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
+        spans=style_spans(frame.to_dict("records"), ["difference"]), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
         between_sheets={
             kind: pictures.source(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
@@ -125,7 +123,7 @@ def write_unseen_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> lis
     if inputs.unseen is None:
         return []
     sheets, folder = [], inputs.unseen.under(root)
-    for found in read_json(folder, "unseen.json")["styles"]:
+    for found in read_json(folder, UNSEEN_FACTS)["styles"]:
         name = f"left_out_{found['style']}.png"
         (out / name).write_bytes(checked(folder, found["sheet"]).read_bytes())
         sheets.append(Sheet(f"{found['style']}, left out", name, found["labels"]))
@@ -176,15 +174,30 @@ def trajectory_planes(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
     return planes
 
 
-def style_spans(rows: list[dict[Any, Any]]) -> dict[str, tuple[float, float]]:
-    """style -> (least, largest) difference bound, 0 among them: the scale of its bars."""
+def style_spans(rows: list[dict[Any, Any]], differences: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """style -> (least, largest) bound of these differences, 0 among them: the scale of its bars."""
     spans: dict[str, tuple[float, float]] = {}
     for row in rows:
         low, high = spans.get(row["style"], (0.0, 0.0))
-        if row["difference"] is not None and row["difference"] == row["difference"]:
-            low, high = min(low, row["difference_low"]), max(high, row["difference_high"])
+        for name in differences:
+            if row[name] is not None and row[name] == row[name]:
+                low, high = min(low, row[f"{name}_low"]), max(high, row[f"{name}_high"])
         spans[row["style"]] = (low, high)
     return spans
+
+
+def left_out_table(inputs: StyleReportInputs, root: Path) -> dict[str, Any] | None:
+    """The comparison on left-out styles as the page shows it; None if none was left out."""
+    if inputs.unseen is None:
+        return None
+    folder = inputs.unseen.under(root)
+    rows, facts = read_table(folder, UNSEEN_TABLE).to_dict("records"), read_json(folder, UNSEEN_FACTS)
+    return {
+        "rows": rows, "gains": {key: title for key, (_, title) in GAINS.items()},
+        "spans": style_spans(rows, [f"gain_over_{key}" for key in GAINS]),
+        "num_training_styles": facts["styles"][0]["num_training_styles"],
+        "lines": [*facts["verdicts"], nearest_line(facts["styles"])],
+    }  # fmt: skip
 
 
 def style_cost(inputs: StyleReportInputs, root: Path) -> CostReport:
