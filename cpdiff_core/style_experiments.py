@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cpdiff_core.config import Config
+from cpdiff_core.config import Config, UserError
 from cpdiff_core.domains.style.base import (
+    PIXELS,
     TINY_32,
     EmbeddedBase,
     PixArtBase,
@@ -16,6 +17,7 @@ from cpdiff_core.domains.style.base import (
     StyleBase,
     StyleBaseConfig,
     resolve_base,
+    spec_of,
 )
 from cpdiff_core.domains.style.features import EfficientNetLite0Features, FeatureConfig
 from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig
@@ -106,6 +108,8 @@ class StyleExperimentConfig(Config):
         if self.compared_objectives and not self.left_out:
             raise ValueError("compared_objectives: are compared on left-out styles; name some in left_out")
         objectives = (self.objective, *self.compared_objectives)
+        if any(one in objectives[:i] for i, one in enumerate(objectives)):
+            raise ValueError("compared_objectives: an objective occurs twice; they must differ, also from `objective`")
         if any(o.kind == "through_base" for o in objectives) and self.diffusion.prediction_type != "v_prediction":
             raise ValueError("objective through_base: needs diffusion.prediction_type 'v_prediction'; set it")
         return self
@@ -127,8 +131,15 @@ class ResolvedStyleExperiment(Config):
 
 
 def resolve_styles(config: StyleExperimentConfig, data_dir: Path | None) -> ResolvedStyleExperiment:
-    """Find the base and all images. Raises UserError for the first that is not there."""
+    """Find the base and all images. Raises UserError for the first that is not there, and for images that the base's
+    noise process cannot be sampled into as asked: known now, needed after everything has been trained."""
     base = None if isinstance(config.base, PretrainedBase) else resolve_base(config.base)
+    process = PIXELS if base is None else spec_of(base, Path()).process
+    images = SamplingConfig(scheduler=config.images.scheduler, num_inference_steps=config.images.num_inference_steps)
+    try:
+        check_sampling(process, images)
+    except UserError as error:
+        raise UserError(f"images: {error}") from error
     return ResolvedStyleExperiment(
         config=config, base=base, photos=resolve_style(config.photos, data_dir),
         styles=tuple(resolve_style(style, data_dir) for style in config.styles),

@@ -31,6 +31,12 @@ from cpdiff_core.reports.style_tables import FLOOR, NO_LORA, StyleCell, floor_ce
 
 UNSEEN_TABLE, UNSEEN_FACTS, UNSEEN_TEXT = "unseen.csv", "unseen.json", "unseen.txt"
 NEAREST, FINE_TUNED = "nearest training style's LoRA", "really fine-tuned"
+GAINS = {
+    "no_lora": ("no-LoRA", "over no-LoRA"),
+    "nearest": ("the nearest LoRA", "over nearest"),
+    "shuffled": ("a shuffled condition", "over shuffled"),
+}
+"""What each arm's distance is subtracted from, by the name of its columns, gain_over_X: in a sentence and above a column."""
 _COLUMNS = 10
 
 
@@ -68,9 +74,12 @@ class UnseenInputs(Config):
 
 
 def nearest_style(y_E: torch.Tensor, y_QPE: torch.Tensor) -> tuple[int, float]:
-    """(the training style whose mean condition points most nearly as y_E does, centred on all styles; the cosine)."""
+    """(the training style whose mean condition points most nearly as y_E does, centred on all styles; the cosine).
+
+    A style alone is its own centre, from which it points nowhere: it keeps its direction.
+    """
     mean_QE = y_QPE.double().mean(1)
-    centre_E = mean_QE.mean(0)
+    centre_E = mean_QE.mean(0) if len(mean_QE) > 1 else torch.zeros_like(mean_QE[0])
     cosine_Q = torch.cosine_similarity((y_E.double() - centre_E)[None], mean_QE - centre_E)
     return int(cosine_Q.argmax()), float(cosine_Q.max())
 
@@ -158,7 +167,7 @@ def _verdicts(frame: pd.DataFrame) -> list[str]:
     for arm in dict.fromkeys(frame["arm"][frame["arm"].str.startswith("generated, ")]):
         own = frame[frame["arm"] == arm]
         parts = []
-        for key, shown in (("no_lora", "no-LoRA"), ("nearest", "the nearest LoRA"), ("shuffled", "a shuffled condition")):
+        for key, (shown, _) in GAINS.items():
             better = int((own[f"gain_over_{key}_low"] > 0).sum())
             worse = int((own[f"gain_over_{key}_high"] < 0).sum())
             parts.append(f"{shown}: better on {better}, worse on {worse}")
@@ -169,12 +178,13 @@ def _verdicts(frame: pd.DataFrame) -> list[str]:
 
 
 def _text(frame: pd.DataFrame, facts: list[dict[str, Any]]) -> list[str]:
-    lines = [["style", "arm", frame["metric"][0], "gain over no-LoRA", "over nearest", "over shuffled", "KID", "accepted", "n"]]
+    gained = [title for _, title in GAINS.values()]
+    lines = [["style", "arm", frame["metric"][0], f"gain {gained[0]}", *gained[1:], "KID", "accepted", "n"]]
     for row in frame.to_dict("records"):
         gains = [
             "" if pd.isna(row[f"gain_over_{key}"])
             else f"{row[f'gain_over_{key}']:.0f} [{row[f'gain_over_{key}_low']:.0f}, {row[f'gain_over_{key}_high']:.0f}]"
-            for key in ("no_lora", "nearest", "shuffled")
+            for key in GAINS
         ]  # fmt: skip
         lines.append([
             row["style"], row["arm"], f"{row['estimate']:.1f} ± {row['std']:.1f}", *gains, f"{row['kid']:.3f}",
@@ -182,12 +192,17 @@ def _text(frame: pd.DataFrame, facts: list[dict[str, Any]]) -> list[str]:
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    nearest = "; ".join(f"{found['style']}: {found['nearest']} (cosine {found['similarity']:.2f})" for found in facts)
     return [
         f"A style from one image: each style below was left out of a generator trained on the other "
         f"{facts[0]['num_training_styles']}. Lower is better.",
-        *text, "", f"Nearest training styles: {nearest}.",
+        *text, "", nearest_line(facts),
     ]  # fmt: skip
+
+
+def nearest_line(facts: list[dict[str, Any]]) -> str:
+    """Which training style each left-out one's image was nearest to."""
+    nearest = "; ".join(f"{found['style']}: {found['nearest']} (cosine {found['similarity']:.2f})" for found in facts)
+    return f"Nearest training styles: {nearest}."
 
 
 def _write_sheet(path: Path, entry: UnseenStyle, inputs: UnseenInputs, root: Path) -> list[str]:

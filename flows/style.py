@@ -6,14 +6,20 @@ from pathlib import Path
 
 from prefect import flow
 
-from cpdiff_core.artifacts import Artifact
+from cpdiff_core.artifacts import Artifact, read_tensors
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.style.base import PretrainedBase, StyleBase, spec_of
+from cpdiff_core.domains.style.encoding import FEATURE_FILE, SPLITS
 from cpdiff_core.domains.style.fine_tuning import StyleHarvestConfig
 from cpdiff_core.domains.style.styles import STYLES, ResolvedStyle
 from cpdiff_core.domains.style.through_base import Objective, ThroughBaseObjective
 from cpdiff_core.evaluation.selection import select
-from cpdiff_core.evaluation.style_scores import StyleReportArtifact, StyleScoringConfig, load_style_selection
+from cpdiff_core.evaluation.style_scores import (
+    StyleReportArtifact,
+    StyleScoringConfig,
+    check_real,
+    load_style_selection,
+)
 from cpdiff_core.lora.vectors import evenly_spaced
 from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
 from cpdiff_core.reports.style_tables import StyleArms, StyleReportInputs
@@ -103,6 +109,9 @@ class StylePipeline:
             s.name: style_stages.style_features(self.config.features, s, splits, self.size, runtime=runtime)
             for s in every if s.name in measured
         }  # fmt: skip
+        for name, artifact in self.real.items():  # known here, and missed only after everything has been trained
+            needed = [split for split in SPLITS if split != "selection" or name in self.config.scored_names]
+            check_real(read_tensors(folder(artifact), FEATURE_FILE), needed, name)
 
     def harvest(self) -> Zoo:  # Sec. 4.2
         """The last checkpoints of every style. Missing runs train together, each is cached alone."""
@@ -193,10 +202,12 @@ class StylePipeline:
         classifier = style_stages.fit_style_classifier(names, tuple(self.real[name] for name in names))
         samples = style_stages.score_style_report(self.scoring(photos), VectorSet(kind="zeros"), runtime=self.runtime)
         pair = [(self.scoring(style), arm.candidates) for style, arm in zip(self.scored, arms, strict=True)]
-        (first, one), (second, other) = pair[0], pair[-1]
-        interpolation = style_stages.interpolate_styles(
-            first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
-        )
+        interpolation = None
+        if len(pair) > 1:  # one style has no other to go to
+            (first, one), (second, other) = pair[0], pair[-1]
+            interpolation = style_stages.interpolate_styles(
+                first, second, (one, other), generator, config.sampling, config.seed, runtime=self.runtime
+            )
         trajectories = {
             style.name: style_stages.style_trajectory(
                 style.name, zoo, generator, config.sampling, NUM_TRAJECTORIES, config.seed, runtime=self.runtime

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors
 from cpdiff_core.domains.style.styles import ResolvedStyle
+from cpdiff_core.domains.style.through_base import Objective
 from cpdiff_core.evaluation.style_scores import StyleReportArtifact
 from cpdiff_core.lora.zoo import VectorSet, Zoo
 from cpdiff_core.unseen_styles import CONDITION_FILE, UnseenGenerated, UnseenInputs, UnseenStyle, nearest_style
@@ -33,6 +35,12 @@ def compare_left_out(pipeline: StylePipeline, zoo: Zoo, classifier: Artifact) ->
     return unseen_stages.compare_unseen_styles(tuple(compared(name) for name in config.left_out))
 
 
+def objective_names(objectives: Sequence[Objective]) -> list[str]:
+    """What tables call each; numbered where a kind occurs several times, since arms are told apart by these names."""
+    shown = [{"weights": "weights", "through_base": "through the base"}[objective.kind] for objective in objectives]
+    return [f"{name} {shown[: i + 1].count(name)}" if shown.count(name) > 1 else name for i, name in enumerate(shown)]
+
+
 def leave_out(pipeline: StylePipeline, style: ResolvedStyle, zoo: Zoo) -> UnseenStyle:
     """Every arm of one style, whose adapters, images and conditions no stage of its generators is given."""
     config, runtime, scoring = pipeline.config, pipeline.runtime, pipeline.scoring(style)
@@ -56,12 +64,12 @@ def leave_out(pipeline: StylePipeline, style: ResolvedStyle, zoo: Zoo) -> Unseen
         return report(VectorSet(kind="candidates", sources=(candidates,)))
 
     made = []
-    for objective in (config.objective, *config.compared_objectives):
+    objectives = (config.objective, *config.compared_objectives)
+    for objective, shown in zip(objectives, objective_names(objectives), strict=True):
         generator = pipeline.fit_generator(rest, kept, objective)
         made.append(
             UnseenGenerated(
-                objective={"weights": "weights", "through_base": "through the base"}[objective.kind],
-                generated=generated(generator, False), shuffled=generated(generator, True),
+                objective=shown, generated=generated(generator, False), shuffled=generated(generator, True),
             )
         )  # fmt: skip
     names = read_json(folder(generator.conditions), "prompts.json")["tasks"]

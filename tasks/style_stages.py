@@ -187,6 +187,6 @@ def style_base_quality(
     write_base_quality(out, base, photos, splits, size, real, samples, guidance_scale, root())
 
 
-@stage("style_report", 4, label=lambda config: config.name)
+@stage("style_report", 5, label=lambda config: config.name)
 def style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs) -> None:
     write_style_report(out, config, inputs, root())

@@ -46,7 +46,7 @@ def geometry(w_NK_by_task: dict[str, torch.Tensor], w_MK_by_task: dict[str, torc
 def embed(w_NK_by_task: dict[str, torch.Tensor], w_MK_by_task: dict[str, torch.Tensor], seed: int) -> dict[str, Floats]:
     """2-D t-SNE (scikit-learn) of at most 100 training and all generated vectors of each task, fitted together.
 
-    Returns `<task>/training` and `<task>/generated`, [n, 2] each.
+    Returns `<task>/training` and `<task>/generated`, [n, 2] each. Vectors that are all the same lie in one place.
     """
     from sklearn.manifold import TSNE
 
@@ -60,8 +60,10 @@ def embed(w_NK_by_task: dict[str, torch.Tensor], w_MK_by_task: dict[str, torch.T
     # All distances are kept by the components of the V x V matrix of inner products, which are few.
     value, vector = torch.linalg.eigh(x_VK @ x_VK.T)
     scores = (vector * value.clamp_min(0.0).sqrt()).flip(1)[:, :50].numpy()
-    perplexity = min(30.0, (len(scores) - 1) / 3.0)
-    plane = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(scores)
+    plane = np.zeros((len(scores), 2))
+    if scores[:, 0].astype(np.float32).std() > 0:  # scikit-learn divides by it, and ends the process on what comes of 0
+        perplexity = min(30.0, (len(scores) - 1) / 3.0)
+        plane = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(scores)
     cuts = np.cumsum([len(part) for part in parts])[:-1]
     return dict(zip(names, np.split(plane.astype(np.float64), cuts), strict=True))
 

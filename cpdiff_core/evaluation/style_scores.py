@@ -6,6 +6,7 @@ never see what is reported. The splits also draw from different noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 
 from cpdiff_core.artifacts import Artifact, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import Config, RuntimeConfig
+from cpdiff_core.config import Config, RuntimeConfig, UserError
 from cpdiff_core.domains.glue.stacks import Precision, compiles_layers, device_of
 from cpdiff_core.domains.style.base import ImageCodec, StyleBase, spec_of
 from cpdiff_core.domains.style.denoising import ENCODED_FILE
@@ -23,6 +24,7 @@ from cpdiff_core.domains.style.encoding import CLASS_FILE, FEATURE_FILE, prompt_
 from cpdiff_core.domains.style.features import FeatureConfig, image_features
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_images
 from cpdiff_core.domains.style.stack import build_stack
+from cpdiff_core.domains.style.styles import SplitName
 from cpdiff_core.evaluation.selection import SelectionScores
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.zoo import VectorSet
@@ -75,24 +77,39 @@ def score_style(
     seed = 2 * config.images.seed + (split == "report")
     label = f"{config.style} {vectors.kind} on {split}"
     features, shown = [], []
-    for part_VK in w_VK.split(_GROUP):
+    for first, part_VK in zip(range(0, len(w_VK), _GROUP), w_VK.split(_GROUP), strict=True):
         x_VNCHW = sample_images(stack, spec, part_VK, captions, config.images, seed, device, f"sample {label}", runtime)
+        bad = torch.nonzero(~x_VNCHW.flatten(1).isfinite().all(1)).flatten().tolist()
+        if bad:  # as bytes they would be black pictures, which have a distance like any others
+            raise UserError(
+                f"style {config.style!r}: the images of {vectors.kind}, row {first + bad[0]}, are not finite; "
+                "lower the learning rate, the temperature or the guidance that made them"
+            )
         images = codec.decode(x_VNCHW.flatten(0, 1))
         shown.append(images.unflatten(0, x_VNCHW.shape[:2])[:, :SHOWN_IMAGES])
         found = image_features(config.features, images, device, f"features {label}", runtime)
         features.append(found.unflatten(0, x_VNCHW.shape[:2]))
     x_VND, real = torch.cat(features), read_tensors(config.real.under(root), FEATURE_FILE)[split]
-    finite = [bool(x_ND.isfinite().all()) for x_ND in x_VND]
     write_tensors(out / SAMPLE_FILE, {"features_VND": x_VND, "images_VNCHW": torch.cat(shown)})
     write_json(
         out / SCORE_FILE,
         {
             "style": config.style, "split": split, "prompts": prompts,
             "num_images": len(prompts), "num_real": len(real),
-            "frechet": [frechet_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
-            "kid": [kernel_distance(x, real) if good else None for x, good in zip(x_VND, finite, strict=True)],
+            "frechet": [frechet_distance(x_ND, real) for x_ND in x_VND],
+            "kid": [kernel_distance(x_ND, real) for x_ND in x_VND],
         },
     )  # fmt: skip
+
+
+def check_real(real: Mapping[str, torch.Tensor], splits: Sequence[SplitName], style: str) -> None:
+    """Raises UserError for a style that has too few real images in one of these splits for a distance to them."""
+    for split in splits:
+        if len(real[split]) < 2:
+            raise UserError(
+                f"style {style!r}: {len(real[split])} of its images is in the split {split!r}, and a distance takes at least "
+                "two; give more images or change splits"
+            )
 
 
 def load_style_selection(

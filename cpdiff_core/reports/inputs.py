@@ -52,3 +52,6 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from artifacts_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from artifacts_in(item)

@@ -18,18 +18,21 @@ SHEET_GAP = 2
 
 
 def draw_style_figures(
-    out: Path, interpolation: Artifact, trajectories: dict[str, Artifact], distance_name: str, root: Path
+    out: Path, interpolation: Artifact | None, trajectories: dict[str, Artifact], distance_name: str, root: Path
 ) -> None:
-    """Write `interpolation`, `trajectory` and the sheets `sheet_interpolation_<kind>` into `out`."""
-    found = read_json(interpolation.under(root), INTERPOLATION_FILE)
+    """Write `trajectory` and, if there is one, `interpolation` with the sheets `interpolation_<kind>` into `out`."""
     paths = {style: read_tensors(artifact.under(root), TRAJECTORY_FILE) for style, artifact in trajectories.items()}
     with drawing():
-        save_figure(_interpolation(found, distance_name), out, "interpolation")
         save_figure(_trajectories(paths), out, "trajectory")
+    if interpolation is None:
+        return
+    found = read_json(interpolation.under(root), INTERPOLATION_FILE)
+    with drawing():
+        save_figure(_interpolation(found, distance_name), out, "interpolation")
     for kind, images_LNCHW in read_tensors(interpolation.under(root), "images.safetensors").items():
         rows = [row[:SHEET_COLUMNS] for row in images_LNCHW]
         sheet = contact_sheet(rows, scale=max(1, 64 // images_LNCHW.shape[-1]), gap=SHEET_GAP)
-        (out / f"sheet_interpolation_{kind}.png").write_bytes(sheet)
+        (out / f"interpolation_{kind}.png").write_bytes(sheet)
 
 
 def _interpolation(found: dict[str, Any], distance_name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cpdiff_core.artifacts import Artifact, checked, read_json, read_tensors, write_json
+from cpdiff_core.artifacts import Artifact, checked, read_json, read_table, read_tensors, write_json
 from cpdiff_core.domains.style.base import EmbeddedBase, StyleBase, embedded_quality
 from cpdiff_core.domains.style.distances import kernel_distance, resampled_distance
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
@@ -45,6 +45,7 @@ from cpdiff_core.reports.style_vectors import collect_style_vectors, scored_vect
 from cpdiff_core.reports.vector_figures import draw_vectors
 from cpdiff_core.reports.vectors import candidates_frame
 from cpdiff_core.style_experiments import StyleExperimentConfig
+from cpdiff_core.unseen_styles import GAINS, UNSEEN_FACTS, UNSEEN_TABLE, UNSEEN_TEXT, nearest_line
 
 
 def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleReportInputs, root: Path) -> None:
@@ -55,12 +56,8 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     frame.to_csv(out / "results.csv", index=False)
     notes = style_notes(config, inputs, base_quality(inputs, classifier, root))
     summary = [styles_text(frame), "", style_headline(results), "", *(f"- {note}" for note in notes)]
-    unseen: list[str] = []  # the table, what each objective's rows say, and which styles are nearest
     if inputs.unseen is not None:
-        text = checked(inputs.unseen.under(root), "unseen.txt").read_text(encoding="utf-8").rstrip()
-        summary += ["", text]
-        table, nearest, verdicts = text.split("\n\n")
-        unseen = [table, *verdicts.splitlines(), nearest]
+        summary += ["", checked(inputs.unseen.under(root), UNSEEN_TEXT).read_text(encoding="utf-8").rstrip()]
     (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
     vectors = collect_style_vectors(inputs.arms, config.features.distance_name, config.select_by, config.seed, root)
     candidates_frame(vectors).to_csv(out / "candidates.csv", index=False, float_format="%.6g")
@@ -75,13 +72,18 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
     page = render(
         "style.html.j2", {"explore": explored and explored.data(), "interpolation": between, "trajectory": trajectories},
-        config=config, headline=style_headline(results), notes=notes, unseen=unseen, unseen_sheets=unseen_sheets,
+        config=config, headline=style_headline(results), notes=notes, unseen=left_out_table(inputs, root),
+        unseen_sheets=unseen_sheets,
         styles=list(results),
         rows=frame.to_dict("records"),
-        spans=style_spans(frame.to_dict("records")), sheets=sheets, explorer=explored,
+        spans=style_spans(frame.to_dict("records"), ["difference"]), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
-        between_sheets={kind: pictures.source(f"sheet_interpolation_{kind}.png") for kind in between["distance"]},
-        figures={name: pictures.source(f"{name}.png") for name in ("interpolation", "trajectory")},
+        between_sheets={
+            kind: pictures.source(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
+        },
+        figures={
+            name: pictures.source(f"{name}.png") for name in (*(["interpolation"] if between else []), "trajectory")
+        },
         metric=config.features.distance_name, cost=style_cost(inputs, root),
         configuration=json.dumps(config.model_dump(mode="json"), indent=1),
     )  # fmt: skip
@@ -98,7 +100,10 @@ class Sheet:
 
 
 def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet]:
-    """Contact sheets, as PNG in `out`: of every style its arms and its candidates, and of the base itself."""
+    """Contact sheets, as PNG in `out`: of every style its arms and its candidates, and of the base itself.
+
+    A style may be called `base` or `ink_candidates`: its name stands last in that of a file, after what tells the kind.
+    """
     sheets = []
     for entry, style in zip(inputs.arms, inputs.styles, strict=True):
         rows, labels = style_sheet(entry, root)
@@ -106,10 +111,10 @@ def write_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> list[Sheet
         name = _sheet(out, f"sheet_{entry.style}", [*rows, real])
         sheets.append(Sheet(entry.style, name, [*labels, "real, of the report"]))
         candidates = read_tensors(entry.generated.under(root), SAMPLE_FILE)["images_VNCHW"][:, :SHEET_COLUMNS]
-        name = _sheet(out, f"sheet_{entry.style}_candidates", list(candidates))
+        name = _sheet(out, f"candidates_{entry.style}", list(candidates))
         sheets.append(Sheet(f"{entry.style}, every candidate", name, [f"candidate {row}" for row in range(len(candidates))]))
     base = base_sheet(inputs.photos, inputs.splits, inputs.image_size, inputs.photo_real, inputs.photo_samples, root)
-    sheets.append(Sheet("the base itself", _sheet(out, "sheet_base", list(base)), ["sample", "nearest training photograph"]))
+    sheets.append(Sheet("the base itself", _sheet(out, "base_sheet", list(base)), ["sample", "nearest training photograph"]))
     return sheets
 
 
@@ -118,8 +123,8 @@ def write_unseen_sheets(out: Path, inputs: StyleReportInputs, root: Path) -> lis
     if inputs.unseen is None:
         return []
     sheets, folder = [], inputs.unseen.under(root)
-    for found in read_json(folder, "unseen.json")["styles"]:
-        name = f"sheet_{found['style']}_left_out.png"
+    for found in read_json(folder, UNSEEN_FACTS)["styles"]:
+        name = f"left_out_{found['style']}.png"
         (out / name).write_bytes(checked(folder, found["sheet"]).read_bytes())
         sheets.append(Sheet(f"{found['style']}, left out", name, found["labels"]))
     return sheets
@@ -129,6 +134,8 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
     """How the page calls the scores and distances of single vectors."""
     chosen = {"kid": "KID", "frechet": "Fr\u00e9chet distance"}[config.select_by]
     name = config.features.distance_name
+    single = config.num_checkpoints * config.num_runs == 1
+    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
     return Reading(
         splits={"report": "images of the report", "selection": "images to choose by"},
         columns={"report": "distance of images", "selection": f"{chosen} that chooses"},
@@ -137,19 +144,21 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
             "report": f"{name}, images of the report; lower is better",
             "selection": f"{chosen}, images to choose by; lower is better",
         },
-        xlabel="distance to the nearest training vector, raw factors (1: the training vectors' own median distance)",
+        xlabel=f"distance to the nearest training vector, raw factors (1: {unit})",
         distance_name="of weights to the nearest, raw factors", good="low",
-        note="Lower scores are better here. Novelty is the distance of the weights over the training vectors' own median "
-        "distance to each other; at 1 or below a candidate is as near as they are. Images have no labels to disagree on.",
+        note=f"Lower scores are better here. Novelty is the distance of the weights over {unit}; at 1 or below a candidate "
+        "counts as a copy. Images have no labels to disagree on.",
     )  # fmt: skip
 
 
-def interpolation_data(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
-    """What the slider between the first and the last style shows."""
+def interpolation_data(inputs: StyleReportInputs, root: Path) -> dict[str, Any] | None:
+    """What the slider between the first and the last style shows; None if there is one style alone."""
+    if inputs.interpolation is None:
+        return None
     found = read_json(inputs.interpolation.under(root), INTERPOLATION_FILE)
     return {
         "lambdas": found["lambdas"], "distance": found["distance"], "gap": SHEET_GAP,
-        "styles": list(next(iter(found["distance"].values()))),
+        "styles": [inputs.arms[0].style, inputs.arms[-1].style],  # the file has them in the order of the alphabet
     }  # fmt: skip
 
 
@@ -165,15 +174,30 @@ def trajectory_planes(inputs: StyleReportInputs, root: Path) -> dict[str, Any]:
     return planes
 
 
-def style_spans(rows: list[dict[Any, Any]]) -> dict[str, tuple[float, float]]:
-    """style -> (least, largest) difference bound, 0 among them: the scale of its bars."""
+def style_spans(rows: list[dict[Any, Any]], differences: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """style -> (least, largest) bound of these differences, 0 among them: the scale of its bars."""
     spans: dict[str, tuple[float, float]] = {}
     for row in rows:
         low, high = spans.get(row["style"], (0.0, 0.0))
-        if row["difference"] is not None and row["difference"] == row["difference"]:
-            low, high = min(low, row["difference_low"]), max(high, row["difference_high"])
+        for name in differences:
+            if row[name] is not None and row[name] == row[name]:
+                low, high = min(low, row[f"{name}_low"]), max(high, row[f"{name}_high"])
         spans[row["style"]] = (low, high)
     return spans
+
+
+def left_out_table(inputs: StyleReportInputs, root: Path) -> dict[str, Any] | None:
+    """The comparison on left-out styles as the page shows it; None if none was left out."""
+    if inputs.unseen is None:
+        return None
+    folder = inputs.unseen.under(root)
+    rows, facts = read_table(folder, UNSEEN_TABLE).to_dict("records"), read_json(folder, UNSEEN_FACTS)
+    return {
+        "rows": rows, "gains": {key: title for key, (_, title) in GAINS.items()},
+        "spans": style_spans(rows, [f"gain_over_{key}" for key in GAINS]),
+        "num_training_styles": facts["styles"][0]["num_training_styles"],
+        "lines": [*facts["verdicts"], nearest_line(facts["styles"])],
+    }  # fmt: skip
 
 
 def style_cost(inputs: StyleReportInputs, root: Path) -> CostReport:
@@ -211,14 +235,14 @@ def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, qualit
         "depend on the number of images: compare rows of one style only, and with their floor, real training images.",
         f"Chosen by {chosen} to images held out for choosing, on other noise than reported: original (selected) and "
         "generated (selected). original (oracle) is nearest to the report's images themselves: nobody can choose it.",
-        "accepted: share of images that a linear probe on features, fitted on training images of all styles and "
-        "photographs, takes for the style.",
+        "accepted: share of images that a linear probe on features, fitted on training images of the scored and the "
+        "left-out styles and of photographs, takes for the style.",
         f"The base against photographs held out of its training: {base.distance.spread} at n = {base.num_images}, "
         f"floor {floor.distance.estimate:.1f} at n = {floor.num_images}, ratio {ratio:.2f}{made}. Far above 1, a style's "
         "no-LoRA row measures the base's failure too.",
-        f"{len(inputs.arms)} styles, LoRA rank {config.lora.rank}, {config.num_runs} run(s), "
-        f"N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, {config.images.num_images} images per "
-        f"vector, seed {config.seed}. One seed says nothing about the spread over seeds.",
+        f"{len(inputs.arms)} style(s) of the {len(config.styles)} trained on, LoRA rank {config.lora.rank}, "
+        f"{config.num_runs} run(s), N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, "
+        f"{config.images.num_images} images per vector, seed {config.seed}. One seed says nothing about the spread over seeds.",
         *(f"This preset's economy: {text}." for text in config.economies),
     ]
 

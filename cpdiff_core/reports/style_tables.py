@@ -66,7 +66,7 @@ class StyleReportInputs(Config):
     photo_real: Artifact
     photo_samples: StyleReportArtifact
     classifier: Artifact
-    interpolation: Artifact
+    interpolation: Artifact | None = Field(description="Between the first and the last style; None if there is one alone.")
     trajectories: dict[str, Artifact]
     harvests: tuple[Artifact, ...]
     autoencoder: Artifact

@@ -35,3 +35,12 @@ def test_embedding_separates_tasks_that_are_far_apart():
     centre = plane["a/training"].mean(0), plane["b/training"].mean(0)
     distances = [np.linalg.norm(plane["a/generated"] - c, axis=1) for c in centre]
     assert (distances[0] < distances[1]).all()
+
+
+def test_vectors_that_are_all_the_same_lie_in_one_place() -> None:
+    """One checkpoint, and candidates that are copies of it: t-SNE itself would end the process."""
+    w_K = torch.randn(40)
+    plane = embed({"a": w_K.repeat(2, 1)}, {"a": w_K.repeat(20, 1)}, seed=0)
+    assert plane["a/training"].shape == (2, 2)
+    assert plane["a/generated"].shape == (20, 2)
+    assert all((places == 0).all() for places in plane.values())

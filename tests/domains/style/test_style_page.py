@@ -30,6 +30,16 @@ def test_style_page_is_looked_through(browser: Browser, style_run: StyleRun, wid
     for image, rows in zip(left_out, browser.all("#left-out ol"), strict=True):
         high, gap, count = browser("return arguments[0].naturalHeight", image), 2, len(rows.find_elements("tag name", "li"))
         assert (high + gap) % count == 0, "a label for every row of the sheet"
+    rows = {row.find_element("tag name", "th").text: row.text for row in browser.all("#left-out-results tbody tr")}
+    folder = next(iter(style_run.inputs("compare_unseen_styles")))
+    table = pd.read_csv(folder / "unseen.csv").set_index("arm")
+    assert list(rows) == list(table.index)
+    for arm, row in table.iterrows():
+        gained = [key for key in ("no_lora", "nearest", "shuffled") if pd.notna(row[f"gain_over_{key}"])]
+        for key in gained:
+            gain, low, high = (row[f"gain_over_{key}{end}"] for end in ("", "_low", "_high"))
+            assert f"{gain:+.0f} [{low:+.0f}, {high:+.0f}]" in " ".join(rows[arm].split())
+        assert rows[arm].count("[") == len(gained)
 
     slider = browser.one("#interpolation input")
     shifts = []

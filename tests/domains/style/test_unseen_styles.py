@@ -162,6 +162,12 @@ def test_nearest_style_is_by_direction_from_the_centre_of_all_styles() -> None:
     assert nearest_style(torch.tensor([19.0, 0.1]), y_QPE)[0] == 2
 
 
+def test_nearest_of_one_style_is_told_with_the_cosine_itself() -> None:
+    y_QPE = torch.tensor([[[3.0, 4.0], [3.0, 4.0]]])
+    assert nearest_style(torch.tensor([6.0, 8.0]), y_QPE) == (0, pytest.approx(1.0))
+    assert nearest_style(torch.tensor([-4.0, 3.0]), y_QPE) == (0, pytest.approx(0.0))
+
+
 def test_shuffled_conditions_give_every_style_its_turn() -> None:
     y_QE = torch.arange(5.0)[:, None]
     drawn = shuffled_conditions(y_QE, 10, 3)
