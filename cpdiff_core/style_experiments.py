@@ -94,6 +94,8 @@ class StyleExperimentConfig(Config):
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest "
                 f"{self.fine_tune.num_harvest}; harvest more or use fewer"
             )
+        if self.lora.lora_dropout:
+            raise ValueError(f"lora.lora_dropout {self.lora.lora_dropout:g}: styles train without dropout; set it to 0")
         check_sampling(self.diffusion, self.sampling)
         for field in ("left_out", "scored"):
             chosen = getattr(self, field)

@@ -107,6 +107,14 @@ def test_objective_that_occurs_twice_is_refused(style_run: StyleRun, twice: list
         StyleExperimentConfig.model_validate(style_run.experiment.model_dump(mode="json") | {"compared_objectives": twice})
 
 
+def test_dropout_is_refused_when_the_experiment_is_read(style_run: StyleRun) -> None:
+    from cpdiff_core.style_experiments import StyleExperimentConfig
+
+    values = style_run.experiment.model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"lora\.lora_dropout 0\.1: styles train without dropout; set it to 0"):
+        StyleExperimentConfig.model_validate(values | {"lora": values["lora"] | {"lora_dropout": 0.1}})
+
+
 @pytest.mark.parametrize("base", [{}, {"base": {"kind": "embedded"}}])
 @pytest.mark.parametrize(
     ("images", "message"),
