@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -31,16 +32,22 @@ study_commands.register(app)
 
 def load_experiment(name: str) -> Any:
     """An experiment by name or from a JSON file. Raises UserError naming the first wrong field."""
-    from cpdiff_core.experiments import ExperimentConfig, experiment
-    from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
+    from cpdiff_core.experiments import EXPERIMENTS, ExperimentConfig, experiment
 
-    if not name.endswith(".json"):
-        return STYLE_EXPERIMENTS[name] if name in STYLE_EXPERIMENTS else experiment(name, also=STYLE_EXPERIMENTS)
-    try:
-        styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        styles = False  # whatever is wrong is said below
-    return read_config("experiment file", Path(name), StyleExperimentConfig if styles else ExperimentConfig)
+    if name.endswith(".json"):
+        styles = False
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # whatever is wrong is said below
+            styles = "styles" in json.loads(Path(name).read_text(encoding="utf-8-sig"))
+        if styles:
+            from cpdiff_core.style_experiments import StyleExperimentConfig
+
+            return read_config("experiment file", Path(name), StyleExperimentConfig)
+        return read_config("experiment file", Path(name), ExperimentConfig)
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
+
+    return STYLE_EXPERIMENTS[name] if name in STYLE_EXPERIMENTS else experiment(name, also=STYLE_EXPERIMENTS)
 
 
 def read_config(what: str, path: Path, model: type[Any]) -> Any:
@@ -171,8 +178,9 @@ def run(
     from cpdiff_core.artifacts import checked
     from tasks.report import tally
 
+    flow = _flow_of(experiment)
     session.ready()
-    report = _run_flow(experiment, runtime)
+    report = _run_flow(flow, experiment, runtime)
     counts = tally()
     typer.echo(checked(report.parent, "summary.txt").read_text(encoding="utf-8"))
     typer.echo(
@@ -215,27 +223,37 @@ def benchmark(
 def _found(experiment: Any, data_dir: Path | None) -> str:
     """Look for everything that an experiment needs before anything is computed. Returns what to say of its base."""
     from cpdiff_core.experiments import ExperimentConfig, resolve
-    from cpdiff_core.style_experiments import resolve_styles
 
     if isinstance(experiment, ExperimentConfig):
         base = resolve(experiment, data_dir).base
         return f"{base.name}: {base.folder}"
+    from cpdiff_core.style_experiments import resolve_styles
+
     found = resolve_styles(experiment, data_dir).base
     return f"{experiment.base.kind}: {found.folder if found else 'to be pretrained on ' + experiment.photos.name}"
 
 
-def _run_flow(experiment: Any, runtime: RuntimeConfig) -> Path:
+def _flow_of(experiment: Any) -> Any:
+    """The flow that runs `experiment`. The heavy import, while the server comes up; styles are imported for styles alone."""
+    from cpdiff_core.experiments import ExperimentConfig
+
+    if isinstance(experiment, ExperimentConfig):
+        from flows.pipeline import run_experiment
+
+        return run_experiment
+    from flows.style import run_style_experiment
+
+    return run_style_experiment
+
+
+def _run_flow(flow: Any, experiment: Any, runtime: RuntimeConfig) -> Path:
     """The path of the report. Faults of Prefect itself are the user's to mend: a server that went away, a full disk."""
     import httpx
     from prefect.exceptions import PrefectException
 
-    from cpdiff_core.style_experiments import StyleExperimentConfig
-    from flows.pipeline import run_experiment
-    from flows.style import run_style_experiment
     from tasks.engine import with_engine
 
     try:
-        flow: Any = run_style_experiment if isinstance(experiment, StyleExperimentConfig) else run_experiment
         return Path(with_engine(flow)(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

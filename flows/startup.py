@@ -5,7 +5,9 @@ Nothing here imports torch or Prefect before it must: HF_HUB_OFFLINE and Prefect
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import json
 import os
 import signal
@@ -35,6 +37,9 @@ class Session:
         """Return when a Prefect server answers. To be called after the heavy imports, before the first flow."""
         from tasks.stage import clean
 
+        gc.freeze()
+        gc.enable()
+
         clean(self.root)
         if self.server is not None:
             self.server.wait(timeout=SERVER_SECONDS)
@@ -43,7 +48,13 @@ class Session:
 
 
 def begin(root: Path | None, offline: bool) -> Session:
-    """Settings, root and server, in this order. Raises UserError for a root that cannot be used."""
+    """Settings, root and server, in this order. Raises UserError for a root that cannot be used.
+
+    What imports make stays to the end, and looking through it for garbage takes seconds: until `ready` nothing is
+    collected, after it only what is newer, and at the end of the program, which frees all memory anyway, nothing.
+    """
+    gc.disable()
+    atexit.register(gc.freeze)
     path = prepare(root, offline=offline)
     check_root(path)
     return Session(path, start_server(path))

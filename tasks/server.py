@@ -7,6 +7,7 @@ process only. The server ends with the process that started it, even if that one
 
 from __future__ import annotations
 
+import gc
 import http.client
 import os
 import socket
@@ -84,11 +85,14 @@ def start_server(root: Path) -> TemporaryServer | None:
 
 def serve(listener: int) -> None:
     """The server process: serve Prefect's API on the open socket `listener` until stdin ends."""
+    gc.disable()  # what imports make stays, as in `flows.startup`
     import uvicorn
     from prefect.server.api.server import create_app
 
     # As Prefect starts its own temporary server: no pages, and only the services that record what has happened.
     app = create_app(ephemeral=True, final=True)
+    gc.freeze()
+    gc.enable()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
 
     def stop_with_parent() -> None:

@@ -67,3 +67,11 @@ def test_flows_import_nothing_that_a_cached_run_does_not_need() -> None:
     code = f"import sys, {', '.join(flows)}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_experiment_on_texts_imports_nothing_of_styles() -> None:
+    code = "import sys; from flows import cli; cli._flow_of(cli.load_experiment('quickstart')); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    names = [name for name in done.stdout.split() if name.split(".")[0] in PACKAGES]
+    assert "flows.pipeline" in names
+    assert [name for name in names if "style" in name] == []
