@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -17,6 +18,7 @@ from cpdiff_core.reports.cost import amount
 SCRIPTS = ("tables.js", "plots.js", "explore.js", "pictures.js", "start.js")
 IMAGE_BYTES = 3_000_000
 """Of images inside one page, as text; further ones are linked, in the folder of the page."""
+_WEBP_QUALITY = 90
 
 
 class Pictures:
@@ -26,9 +28,20 @@ class Pictures:
         self._folder, self._room = folder, room
 
     def source(self, name: str) -> str:
-        """What to write as the source of image `name`, a PNG that lies in the folder."""
-        data = (self._folder / name).read_bytes()
-        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        """What to write as the source of figure `name`, a PNG that lies in the folder."""
+        return self._inside(name, "png", (self._folder / name).read_bytes())
+
+    def photos(self, name: str) -> str:
+        """The same of a sheet of photographs: inside the page as WebP, a fifth of the PNG, which stays beside it."""
+        from PIL import Image
+
+        data = io.BytesIO()
+        with Image.open(self._folder / name) as sheet:
+            sheet.save(data, "WEBP", quality=_WEBP_QUALITY)
+        return self._inside(name, "webp", data.getvalue())
+
+    def _inside(self, name: str, kind: str, data: bytes) -> str:
+        url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         if len(url) > self._room:
             return name
         self._room -= len(url)

@@ -66,7 +66,7 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
     explored = explorer(vectors, style_reading(config))
     fallback = {} if explored is None else {name: pictures.source(f"{name}.png") for name in draw_vectors(out, explored)}
     sheets, unseen_sheets = (
-        [Sheet(sheet.title, pictures.source(sheet.source), sheet.labels) for sheet in written]
+        [Sheet(sheet.title, pictures.photos(sheet.source), sheet.labels) for sheet in written]
         for written in (write_sheets(out, inputs, root), write_unseen_sheets(out, inputs, root))
     )
     between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
@@ -79,7 +79,7 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         spans=style_spans(frame.to_dict("records"), ["difference"]), sheets=sheets, explorer=explored,
         fallback={"vectors": "", "map": ""} | fallback, between=between, trajectory=trajectories,
         between_sheets={
-            kind: pictures.source(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
+            kind: pictures.photos(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
         },
         figures={
             name: pictures.source(f"{name}.png") for name in (*(["interpolation"] if between else []), "trajectory")

@@ -24,7 +24,11 @@ def test_style_page_is_looked_through(browser: Browser, style_run: StyleRun, wid
     assert browser.small_targets() == []
     broken = browser("return [...document.images].filter(i => !i.naturalWidth && i.src).map(i => i.alt)")
     assert broken == []
-    assert page.read_text(encoding="utf-8").count("data:image/png") >= 8
+    linked = browser("return [...document.images].map(i => i.getAttribute('src')).filter(s => s && !s.startsWith('data:'))")
+    assert linked == [], "the page is whole by itself"
+    patterns = ("*sheet*.png", "candidates_*.png", "left_out_*.png", "interpolation_*.png")
+    sheets = [path for pattern in patterns for path in style_run.report.glob(pattern)]
+    assert page.read_text(encoding="utf-8").count("data:image/webp") == len(sheets) >= 8
     left_out = browser.all("#left-out img")
     assert [image.get_attribute("alt").split(":")[0] for image in left_out] == ["ink, left out"]
     for image, rows in zip(left_out, browser.all("#left-out ol"), strict=True):
@@ -97,3 +101,21 @@ def test_images_beyond_the_room_of_a_page_are_linked(style_run: StyleRun) -> Non
     pictures = Pictures(style_run.report, room=size)
     assert pictures.source(sheet.name).startswith("data:image/png;base64,")
     assert pictures.source(sheet.name) == sheet.name, "the second time there is no room"
+
+
+def test_sheets_inside_a_page_look_like_those_beside_it(style_run: StyleRun) -> None:
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from cpdiff_core.reports.html import Pictures
+
+    for sheet in style_run.report.glob("sheet_*.png"):
+        kind, _, data = Pictures(style_run.report).photos(sheet.name).partition(",")
+        assert kind == "data:image/webp;base64"
+        inside, beside = Image.open(io.BytesIO(base64.b64decode(data))), Image.open(sheet)
+        assert inside.size == beside.size
+        gap = np.abs(np.asarray(inside.convert("RGB"), float) - np.asarray(beside.convert("RGB"), float))
+        assert gap.mean() < 6, "of 255"
