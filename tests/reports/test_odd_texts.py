@@ -1,0 +1,56 @@
+"""Experiments on texts that are odd and legal: one task, one checkpoint, one candidate and the like."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cpdiff_core.config import UserError
+
+if TYPE_CHECKING:
+    from conftest import TextRun
+
+RunVariant = Callable[..., Path]
+
+
+@pytest.fixture
+def run_variant(text_run: TextRun, tmp_path: Path) -> RunVariant:
+    """`run_variant(num_checkpoints=1)`: the tiny experiment with changes, in a copy of its root; the folder of the report."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    from cpdiff_core.experiments import ExperimentConfig
+    from flows.pipeline import run_experiment
+
+    def run(**changes: Any) -> Path:
+        root = shutil.copytree(text_run.root, tmp_path / "root")
+        with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root}):
+            return Path(run_experiment(ExperimentConfig.model_validate(text_run.values | changes), text_run.runtime)).parent
+
+    return run
+
+
+def part(folder: Path, start: str, end: str) -> str:
+    """The page's words between two of its texts."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"<[^>]+>", "", page[page.index(start) : page.index(end)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"blocks": {"last": 2}, "audit": None}, "blocks.last 2: the base model's blocks are 0 to 1"),
+        ({"arms": ["generated", "full"], "audit": None}, "full.max_length 128: the base model takes 64 tokens"),
+        ({"condition": {"kind": "few_shot", "num_examples": 60}}, "54 training examples are too few for prompts of 60"),
+    ],
+)
+def test_what_needs_no_weights_is_refused_before_the_fine_tuning(
+    text_run: TextRun, run_variant: RunVariant, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        run_variant(fine_tune=text_run.values["fine_tune"] | {"seed": 5}, **changes)
+    assert len(list((tmp_path / "root" / "harvest_checkpoints").glob("*/config.json"))) == 2, "those of the run that was copied"
