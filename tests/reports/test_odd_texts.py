@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -37,7 +39,7 @@ def run_variant(text_run: TextRun, tmp_path: Path) -> RunVariant:
 def part(folder: Path, start: str, end: str) -> str:
     """The page's words between two of its texts."""
     page = (folder / "report.html").read_text(encoding="utf-8")
-    return re.sub(r"<[^>]+>", "", page[page.index(start) : page.index(end)])
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page[page.index(start) : page.index(end)])).split())
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,13 @@ def test_what_needs_no_weights_is_refused_before_the_fine_tuning(
     with pytest.raises(UserError, match=re.escape(told)):
         run_variant(fine_tune=text_run.values["fine_tune"] | {"seed": 5}, **changes)
     assert len(list((tmp_path / "root" / "harvest_checkpoints").glob("*/config.json"))) == 2, "those of the run that was copied"
+
+
+def test_task_alone_is_not_compared_with_another(text_run: TextRun, run_variant: RunVariant) -> None:
+    report = run_variant(tasks=text_run.values["tasks"][:1], sampling={"num_inference_steps": 4, "num_candidates": 1})
+    effects = part(report, "Does the condition matter?", "Dispersion and separation")
+    assert "an empty condition" in effects
+    assert "another task" not in effects, "there is none"
+    assert "a shuffled condition" not in effects, "a one-hot vector of one number"
+    stored = [json.loads(path.read_text()) for path in report.parents[1].glob("generate_changed/*/config.json")]
+    assert [one["inputs"]["config"]["num_candidates"] for one in stored].count(1) == 1, "as many as of the right condition"
