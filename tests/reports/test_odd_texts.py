@@ -64,5 +64,55 @@ def test_task_alone_is_not_compared_with_another(text_run: TextRun, run_variant:
     assert "an empty condition" in effects
     assert "another task" not in effects, "there is none"
     assert "a shuffled condition" not in effects, "a one-hot vector of one number"
+    row = part(report, "between tasks, generated", "Figures").split()
+    assert row[-2:] == ["-", "-"], "between tasks"
     stored = [json.loads(path.read_text()) for path in report.parents[1].glob("generate_changed/*/config.json")]
     assert [one["inputs"]["config"]["num_candidates"] for one in stored].count(1) == 1, "as many as of the right condition"
+
+
+def test_single_checkpoint_is_like_no_other_and_lies_nowhere_typical(
+    text_run: TextRun, run_variant: RunVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, Any] = {}
+    scatter = Axes.scatter
+
+    def look(axis: Axes, x: Any, y: Any, **more: Any) -> Any:
+        drawn[str(more.get("label"))] = x
+        return scatter(axis, x, y, **more)
+
+    monkeypatch.setattr(Axes, "scatter", look)
+    report = run_variant(num_checkpoints=1)
+    assert "training checkpoints" not in drawn
+    assert all((drawn[name] >= 0).all() for name in ("generated", "soup + noise")), "shares of mistakes"
+    figures = part(report, 'class="figures"', "<h2>Autoencoder")
+    assert "in units of 1 % of the training vector's norm" in figures
+    assert "Dotted" not in figures
+    assert "STS-B" not in figures
+    assert "Each task has one vector: nothing varies within tasks." in part(report, "<h2>Autoencoder", 'id="cost"')
+
+
+def test_notes_are_about_the_arms_that_there_are(run_variant: RunVariant) -> None:
+    report = run_variant(arms=["generated", "full"], audit=None, full={"num_epochs": 0.1, "max_length": 16},
+                         normalization={"scope": "none"})  # fmt: skip
+    notes = part(report, 'id="notes"', 'id="differences-section"')
+    assert "held out of fine-tuning: generated (best of 5), full." in notes
+    assert "shared by all arms but full" in notes
+    assert "normalisation none;" in notes
+    for absent in ("original", "no-LoRA", "annealed", "by vector"):
+        assert absent not in notes
+
+
+@pytest.mark.parametrize(("explained", "warned"), [(0.9996, False), (0.998, True)])
+def test_autoencoder_is_warned_of_only_where_the_printed_shares_differ(explained: float, warned: bool) -> None:
+    from cpdiff_core.reports.page import autoencoder_warning
+
+    quality = {"within_task_variance_explained": explained, "pca16_within_task_variance_explained": 1.0}
+    assert (autoencoder_warning(quality) is not None) == warned
+
+
+def test_trivial_generators_are_told_with_how_many_there_are(text_run: TextRun) -> None:
+    table = part(text_run.folder, 'id="trivial"', "Does the condition matter?")
+    assert "generated, 5" in table
+    assert "soup + noise, 4" in table
