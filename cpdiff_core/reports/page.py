@@ -132,9 +132,10 @@ def experiment_cost(inputs: ReportInputs, root: Path) -> CostReport:
     candidates = [artifact for entry in first.arms for artifact in entry.used if artifact.stage in _CANDIDATES]
     chose = [artifact for entry in first.arms for artifact in _chose(entry.used, candidates, root)]
     several = ", one seed" if len(inputs.seeds) > 1 else ""
+    made = "a chosen candidate" if chose else "candidates"
     return cost_report(
         artifacts_in(inputs), runs, [*candidates, *chose],
-        (f"simply fine-tuning: one adapter for each task{several}", f"generating: a chosen candidate for each task{several}"),
+        (f"simply fine-tuning: one adapter for each task{several}", f"generating: {made} for each task{several}"),
         root,
     )  # fmt: skip
 

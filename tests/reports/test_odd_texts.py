@@ -116,3 +116,9 @@ def test_trivial_generators_are_told_with_how_many_there_are(text_run: TextRun) 
     table = part(text_run.folder, 'id="trivial"', "Does the condition matter?")
     assert "generated, 5" in table
     assert "soup + noise, 4" in table
+
+
+def test_cost_of_candidates_of_which_none_is_chosen_is_told_as_such(run_variant: RunVariant, text_run: TextRun) -> None:
+    assert "generating: a chosen candidate for each task" in part(text_run.folder, 'id="costs"', 'id="configuration"')
+    report = run_variant(arms=["generated (mean)"], audit=None)
+    assert "generating: candidates for each task" in part(report, 'id="costs"', 'id="configuration"')
