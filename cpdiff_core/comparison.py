@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cpdiff_core.config import UserError
+from cpdiff_core.config import Config, UserError
 from cpdiff_core.evaluation.bootstrap import average_over_tasks, claim
+from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.reports.tables import AVERAGE, Results
+
+_NOTHING_SHARED = "compare: the two experiments have no task and arm in common; choose others"
+
+
+def check_comparable(a: Config, b: Config) -> None:
+    """What is known of two experiments before either is computed, which may take hours. Raises UserError for experiments
+    on styles, for nothing in common, for another metric, and for numbers of seeds that do not pair up."""
+    if not (isinstance(a, ExperimentConfig) and isinstance(b, ExperimentConfig)):
+        raise UserError("compare: one of the two experiments is on styles; choose two on texts")
+    tasks = {task.name: task for task in a.tasks}
+    shared = [(tasks[task.name], task) for task in b.tasks if task.name in tasks]
+    if not shared or not set(a.arms) & set(b.arms):
+        raise UserError(_NOTHING_SHARED)
+    for mine, theirs in shared:
+        if mine.primary_metric != theirs.primary_metric:
+            raise UserError(
+                f"compare: task {mine.name!r} is scored by {mine.primary_metric} and by {theirs.primary_metric}; give both "
+                "the same table_metric"
+            )
+    if a.num_seeds != b.num_seeds and 1 not in (a.num_seeds, b.num_seeds):
+        raise UserError(f"compare: {a.num_seeds} and {b.num_seeds} seeds do not pair up; give both the same num_seeds")
 
 
 def compare(a: Results, b: Results) -> pd.DataFrame:
@@ -18,7 +40,7 @@ def compare(a: Results, b: Results) -> pd.DataFrame:
     tasks = [task for task in a if task in b and task != AVERAGE]
     arms = [arm for arm in a[AVERAGE] if arm in b[AVERAGE]]
     if not tasks or not arms:
-        raise UserError("compare: the two experiments have no task and arm in common; choose others")
+        raise UserError(_NOTHING_SHARED)
     rows = []
     for task in [*tasks, AVERAGE]:
         for arm in arms:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cpdiff_core.config import Config
+from cpdiff_core.config import Config, UserError
 from cpdiff_core.domains.base_models import BaseModel, BaseModelConfig, resolve_base_model
 from cpdiff_core.domains.blocks import BlockConfig
 from cpdiff_core.domains.glue.continuation import ContinueConfig
@@ -114,7 +114,19 @@ class ResolvedExperiment(Config):
     tasks: tuple[ResolvedTask, ...]
 
 
+def check_base(config: ExperimentConfig, base: BaseModel) -> None:
+    """Raises UserError for more blocks than the base has, and for longer texts than it takes."""
+    if config.blocks is not None and base.num_blocks is not None and config.blocks.last >= base.num_blocks:
+        last = base.num_blocks - 1
+        raise UserError(f"blocks.last {config.blocks.last}: the base model's blocks are 0 to {last}; choose one of them")
+    lengths = {"fine_tune": config.fine_tune.max_length} | ({"full": config.full.max_length} if "full" in config.arms else {})
+    for name, length in lengths.items():
+        if base.num_tokens is not None and length > base.num_tokens:
+            raise UserError(f"{name}.max_length {length}: the base model takes {base.num_tokens} tokens; use at most as many")
+
+
 def resolve(config: ExperimentConfig, data_dir: Path | None) -> ResolvedExperiment:
-    """Find the base model and all data. Raises UserError for the first that is not there."""
+    """Find the base model and all data. Raises UserError for the first that is not there, and for what the base has not."""
     base = resolve_base_model(config.base_model)
+    check_base(config, base)
     return ResolvedExperiment(config=config, base=base, tasks=tuple(resolve_task(task, data_dir) for task in config.tasks))

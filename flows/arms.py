@@ -17,7 +17,7 @@ from cpdiff_core.evaluation.scores import ReportArtifact, ScoringConfig, load_se
 from cpdiff_core.evaluation.selection import SelectionScores, select
 from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES
 from cpdiff_core.experiment_config import AuditConfig, ExperimentConfig, ResolvedExperiment
-from cpdiff_core.generator.probing import CHANGES
+from cpdiff_core.generator.probing import CHANGES, telling_changes
 from cpdiff_core.lora.vectors import evenly_spaced
 from cpdiff_core.lora.zoo import VectorSet
 from tasks import arm_stages, stages
@@ -196,17 +196,20 @@ def audit_task(scorer: TaskScorer, config: AuditConfig) -> AuditInputs:
 
 def changed_conditions(scorer: TaskScorer, config: AuditConfig) -> dict[str, object]:
     """Candidates of changed conditions beside as many of the right one, from the same noises."""
-    resolved, num = scorer.config, config.num_changed
+    resolved = scorer.config
+    num = min(config.num_changed, resolved.sampling.num_candidates)
     sampling = resolved.sampling.model_copy(update={"num_candidates": num})
     changed = arm_stages.generate_changed(
         sampling, scorer.generator, scorer.task.name, resolved.seed, runtime=scorer.runtime
     )
     scores = scorer.report(VectorSet(kind="candidates", sources=(changed,)))
+    telling = telling_changes(len(resolved.tasks), resolved.condition.kind, resolved.normalization.scope == "task")
     arms = tuple(
         ScoredArm(name=change, scores=scores, rows=tuple(range(c * num, (c + 1) * num)))
         for c, change in enumerate(CHANGES)
+        if change in telling
     )
-    same = tuple(range(min(num, resolved.sampling.num_candidates)))
+    same = tuple(range(num))
     return {"changed": arms, "right": ScoredArm(name="right", scores=scorer.report(scorer.generated), rows=same)}
 
 

@@ -19,7 +19,7 @@ from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment, resolv
 from cpdiff_core.lora.zoo import VectorSet, Zoo
 from cpdiff_core.reports.facts import FACTS_FILE
 from flows.pipeline import run_experiment
-from flows.steps import fit_generator, fit_heads, harvest, runs_of
+from flows.steps import encode_conditions, fit_generator, fit_heads, harvest, runs_of
 from tasks import bundle_stages, stages
 from tasks.stage import folder, root
 
@@ -43,6 +43,7 @@ def bundle_experiment(
         )
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
     (heads,) = fit_heads((resolved,), runtime)
+    encode_conditions(resolved, runtime)
     runs = runs_of(resolved)
     stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
     zoo = harvest(resolved, heads, runtime)

@@ -169,12 +169,13 @@ def compare(
     runtime = runtime_of(device, data_dir, threads, progress=not quiet)
 
     def table() -> str:
-        from cpdiff_core.comparison import compare, comparison_table
+        from cpdiff_core.comparison import check_comparable, compare, comparison_table
         from cpdiff_core.reports.tables import load_results
         from flows.cli import load_experiment
         from flows.pipeline import run_experiment
 
         experiments = [load_experiment(name) for name in (first, second)]
+        check_comparable(*experiments)
         a, b = (load_results(Path(run_experiment(experiment, runtime)).parent) for experiment in experiments)
         return comparison_table(compare(a, b), experiments[0].name, experiments[1].name)
 

@@ -19,6 +19,7 @@ from flows.steps import (
     Artifact,
     continue_zoo,
     cut_to_blocks,
+    encode_conditions,
     fit_generator,
     fit_heads,
     generate,
@@ -61,6 +62,8 @@ def compute_all(experiments: Sequence[ExperimentConfig], runtime: RuntimeConfig)
         for one, heads in zip(resolved, fit_heads(resolved, runtime), strict=True)
         for number in range(one.config.num_seeds)
     ]
+    for seed, _, _ in seeds:
+        encode_conditions(seed, runtime)
     harvest_together([(run, heads) for seed, heads, _ in seeds for run in runs_of(seed)], runtime)
     done = iter(each("seed", compute_seed, seeds))
     return tuple(ReportInputs(base=one.base, seeds=tuple(islice(done, one.config.num_seeds))) for one in resolved)

@@ -34,6 +34,13 @@ def fit_heads(experiments: Sequence[ResolvedExperiment], runtime: RuntimeConfig)
     return [{name: heads[given] for name, given in by_task.items()} for by_task in arguments]
 
 
+def encode_conditions(resolved: ResolvedExperiment, runtime: RuntimeConfig) -> Artifact:
+    """What the generator is told of the tasks. It needs no weights, so it comes before the fine-tuning: a description that
+    is too long or an encoder that is not there is told at once."""
+    config = resolved.config
+    return stages.encode_conditions(config.condition, resolved.tasks, config.splits, config.seed, runtime=runtime)
+
+
 def runs_of(resolved: ResolvedExperiment) -> list[HarvestConfig]:
     """The runs of one seed, task by task."""
     config = resolved.config
@@ -77,7 +84,7 @@ def fit_generator(resolved: ResolvedExperiment, zoo: Zoo, runtime: RuntimeConfig
     config = resolved.config
     normalizer = stages.fit_normalization(config.normalization, zoo)
     autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
-    conditions = stages.encode_conditions(config.condition, resolved.tasks, config.splits, config.seed, runtime=runtime)
+    conditions = encode_conditions(resolved, runtime)
     diffusion = stages.fit_diffusion(
         config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
     )

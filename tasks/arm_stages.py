@@ -58,7 +58,8 @@ def continue_training(
     """w_MK: vector i, trained on as config[i] says from the one vector of starts[i]. All share one stacked pass."""
     w_SK = torch.cat([start.load(root(), 0) for start in starts])
     states = [read_tensors(folder(head), HEAD_FILE) for head in heads]
-    write_tensors(out / CANDIDATE_FILE, {"w_MK": continue_from(config, w_SK, states, runtime, resume)})
+    settings = "soup_tuning" if starts[0].kind == "soup" else "annealing"
+    write_tensors(out / CANDIDATE_FILE, {"w_MK": continue_from(config, w_SK, states, runtime, resume, settings)})
 
 
 @stage("select_blocks", label=lambda blocks: f"{blocks.first}-{blocks.last}")

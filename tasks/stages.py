@@ -184,6 +184,6 @@ def score_report(out: Path, config: ScoringConfig, vectors: VectorSet, head: Art
     score_vectors(out, config, vectors, read_tensors(folder(head), HEAD_FILE), "report", root(), runtime)
 
 
-@stage("report", 3, label=lambda config: config.name)
+@stage("report", 4, label=lambda config: config.name)
 def report(out: Path, config: ExperimentConfig, inputs: ReportInputs) -> None:
     write_report(out, config, inputs, root())

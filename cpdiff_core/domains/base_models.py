@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -106,6 +107,24 @@ class BaseModel(Config):
     @property
     def folder(self) -> Path:
         return Path(self.files[0].path).parent
+
+    @property
+    def num_blocks(self) -> int | None:
+        """As its config says; None if it does not. Nothing is loaded to know."""
+        found = self._config.get("num_hidden_layers", self._config.get("n_layer"))
+        return None if found is None else int(found)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """The longest text that it has positions for; None if its config does not say."""
+        positions = self._config.get("max_position_embeddings", self._config.get("n_positions"))
+        config = SimpleNamespace(**{"pad_token_id": 1} | self._config)
+        return None if positions is None else int(positions) - FAMILIES[self.family].position_offset(config)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return found
 
 
 def embedded_minilm() -> Path:

@@ -266,12 +266,13 @@ def verdict(task: str, found: Novelty, alike: Sequence[str], best_trivial: str, 
 
 def condition_effect(changed: str, difference: Interval) -> str:
     """One line on causality. difference: right minus changed condition (or statistics), paired, all else equal."""
-    matters, nothing = (
-        ("the statistics matter", "the statistics do nothing that shows")
+    matters, harms, nothing = (
+        ("the statistics matter", "the statistics do harm", "the statistics do nothing that shows")
         if changed.endswith("statistics")
-        else ("the condition matters", "the condition does nothing that shows")
+        else ("the condition matters", "the condition does harm", "the condition does nothing that shows")
     )
-    return f"{matters if difference.low > 0 else nothing}: with {changed} the score drops by {difference} points"
+    found = matters if difference.low > 0 else harms if difference.high < 0 else nothing
+    return f"{found}: with {changed} the score drops by {difference} points"
 
 
 def _pair_mean(symmetric: Floats) -> float | None:

@@ -26,11 +26,13 @@ class Geometry(Config):
         """Spread of the generated vectors over spread of the training vectors; None if those do not vary."""
         return self.within_generated[task] / self.within_training[task] if self.within_training[task] > 0 else None
 
-    def separation(self, which: str) -> float:
-        """Distance between tasks' means over spread inside tasks: how well the tasks are told apart."""
+    def separation(self, which: str) -> float | None:
+        """Distance between tasks' means over spread inside tasks: how well the tasks are told apart. None if there is one
+        task, or no spread."""
         between = self.between_training if which == "training" else self.between_generated
         within = self.within_training if which == "training" else self.within_generated
-        return between / max(float(np.mean(list(within.values()))), 1e-12)
+        spread = float(np.mean(list(within.values())))
+        return between / spread if len(within) > 1 and spread > 0 else None
 
 
 def geometry(w_NK_by_task: dict[str, torch.Tensor], w_MK_by_task: dict[str, torch.Tensor]) -> Geometry:

@@ -234,6 +234,8 @@ def _start_from_components(model: ParameterAutoencoder, w_VK: torch.Tensor, task
     for position in range(model.length):
         x_VP = x_VLP[:, position].double()
         basis_PC = _slice_basis(x_VP, group_V, model.channels)
+        if basis_PC.shape[1] == 0:
+            continue  # nothing varies here: the weights stay 0
         z_VC = x_VP @ basis_PC
         std_C = z_VC.std(0, correction=0)
         z_VC = F.pad(z_VC / std_C, (0, model.channels - len(std_C)))

@@ -23,6 +23,14 @@ CHANGES: tuple[Change, ...] = (
 )  # fmt: skip
 
 
+def telling_changes(num_tasks: int, kind: str, own_statistics: bool) -> tuple[Change, ...]:
+    """The changes that change something. A task alone has no other one to take from, a one-hot vector in another order is
+    another task's or its own, and statistics that are not each task's own are nobody else's. kind: of the condition."""
+    shuffled = kind not in ("one_hot", "learned")
+    tells = (num_tasks > 1, shuffled, True, num_tasks > 1 and own_statistics)
+    return tuple(change for change, told in zip(CHANGES, tells, strict=True) if told)
+
+
 def change_condition(y_QE: torch.Tensor, q: int, change: Change, empty_E: torch.Tensor, seed: int) -> torch.Tensor:
     """The condition to use in place of task q's, y_E. empty_E: what the model maps to no condition."""
     if change == "another task's condition":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,14 @@ def collect_facts(inputs: ReportInputs, audits: dict[str, TaskAudit], root: Path
         autoencoder=tuple(read_json(seed.generator.autoencoder.under(root), "quality.json") for seed in inputs.seeds),
         tasks={task: _task_facts(task, audit, geometries) for task, audit in audits.items()},
         against_trivial=Difference.of(average_over_tasks(against)) if against and len(against) == len(audits) else None,
-        separation_training=tuple(found.separation("training") for found in geometries),
-        separation_generated=tuple(found.separation("generated") for found in geometries),
+        separation_training=_known(found.separation("training") for found in geometries),
+        separation_generated=_known(found.separation("generated") for found in geometries),
         trajectories=trajectories, cost=stage_costs(inputs, root),
     )  # fmt: skip
+
+
+def _known(values: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(value for value in values if value is not None)
 
 
 def _task_facts(task: str, audit: TaskAudit, geometries: list[Geometry]) -> TaskFacts:

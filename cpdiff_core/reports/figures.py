@@ -38,13 +38,16 @@ def drawn_figures(
     inputs: ReportInputs, results: Results, audits: dict[str, TaskAudit], root: Path
 ) -> list[tuple[str, Any, str]]:
     """(file name without ending, figure, caption) of each."""
+    single = next(iter(audits.values())).audits[0].novelty.factors.training_median is None
+    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+    regression = any(audit.audits[0].regression for audit in audits.values())
     drawn = [
-        ("novelty", _novelty(audits, results), "Score against novelty: mean score of 20 vectors with its 95 % interval, over "
-         "their median distance to the nearest training vector on dW, in units of the training vectors' own median distance "
-         "to each other. Left of 1 are copies. Hollow: a trivial generator that does not reach the generated distance."),
+        ("novelty", _novelty(audits, results), "Score against novelty: mean score of a set of vectors with its 95 % interval, "
+         f"over their median distance to the nearest training vector on dW, in units of {unit}. Left of 1 are copies. "
+         "Hollow: a trivial generator that does not reach the generated distance."),
         ("similarity", _similarity(inputs, root), "Similarity against performance (Sec. 4.4), first seed: each vector's "
-         "largest wrong-prediction IoU with a scored training checkpoint other than itself, and its score. STS-B counts "
-         "|error| > 0.5 as wrong."),
+         "largest wrong-prediction IoU with a scored training checkpoint other than itself, and its score."
+         + (" Regression: |error| > 0.5 counts as wrong." if regression else "")),
     ]  # fmt: skip
     first = inputs.seeds[0]
     if first.geometry is not None:
@@ -58,8 +61,8 @@ def drawn_figures(
         nearest = {task: audit.audits[0].novelty.factors.training_median for task, audit in audits.items()}
         drawn.append(
             ("trajectory", _trajectory(found, nearest), "Sampling trajectories of the first seed: median distance (raw "
-             "factors) of the decoded x_t to the nearest training vector, t from 1000 to 0. Dotted: the training vectors' "
-             "own median distance to each other.")
+             "factors) of the decoded x_t to the nearest training vector, from noise to t = 0."
+             + ("" if single else " Dotted: the training vectors' own median distance to each other."))
         )  # fmt: skip
     return drawn
 
@@ -136,8 +139,10 @@ def _similarity(inputs: ReportInputs, root: Path) -> Any:
         every = entry.arm("original (selected)").model_copy(update={"rows": (), "use": "mean"})
         trained, labels = _all_predictions(every, root, task)
         wrong_training = wrong_predictions(trained, labels, task.labels is None)
-        own = wrong_iou(wrong_training, wrong_training) - 2.0 * np.eye(len(wrong_training))
-        groups: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {"training checkpoints": (own.max(1), trained)}
+        groups: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+        if len(wrong_training) > 1:  # one checkpoint has no other one to be like
+            own = wrong_iou(wrong_training, wrong_training) - 2.0 * np.eye(len(wrong_training))
+            groups["training checkpoints"] = (own.max(1), trained)
         assert entry.audit is not None
         generated, _ = arm_predictions(entry.arm("generated (mean)"), root, task)
         groups["generated"] = (_max_iou(generated, labels, wrong_training, task.labels is None), generated)
@@ -146,9 +151,7 @@ def _similarity(inputs: ReportInputs, root: Path) -> Any:
             groups[arm.name.removesuffix(" (mean)")] = (
                 _max_iou(predicted, labels, wrong_training, task.labels is None), predicted,
             )  # fmt: skip
-        trivial = [name for name in groups if name not in ("training checkpoints", "generated")]
-        order = ["training checkpoints", *trivial, "generated"]  # the generated ones on top
-        for name in order:
+        for name in sorted(groups, key=lambda name: name == "generated"):  # the generated ones on top
             similarity, predicted = groups[name]
             colour, marker = _style(name)
             scores = metric(task.primary_metric, predicted, labels, task.metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ from safetensors.torch import load_file
 from tiny import saved_base
 from transformers import AutoModelForSequenceClassification
 
-from cpdiff_core.comparison import compare, comparison_table
+from cpdiff_core.comparison import check_comparable, compare, comparison_table
 from cpdiff_core.compose import compose
 from cpdiff_core.config import UserError
 from cpdiff_core.domains.base_models import FAMILIES, build_classifier
+from cpdiff_core.domains.glue.text_tasks import excerpt
 from cpdiff_core.evaluation.bootstrap import resample, resample_counts
+from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.lora.layout import LoraSpec, initial_vector
 from cpdiff_core.lora.peft_folder import WEIGHTS_FILE, write_adapter
 from cpdiff_core.reports.tables import with_average
+from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +131,21 @@ def test_comparison_of_what_does_not_compare_is_refused() -> None:
         compare(results({"x": labels}, labels), results({"y": labels}, labels))
     with pytest.raises(UserError, match="same data"):
         compare(results({"x": labels}, labels), results({"x": labels[:30]}, labels[:30]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": (excerpt("cola"),)}, "no task and arm in common"),
+        ({"arms": ("last",)}, "no task and arm in common"),
+        ({"num_seeds": 3}, "2 and 3 seeds do not pair up"),
+        ({"tasks": (excerpt("sst2").model_copy(update={"metrics": ("f1",)}),)}, "'sst2' is scored by accuracy and by f1"),
+        (None, "on styles"),
+    ],
+)
+def test_what_does_not_compare_is_known_before_it_is_computed(changes: dict[str, Any] | None, message: str) -> None:
+    first = ExperimentConfig(tasks=(excerpt("sst2"),), num_seeds=2)
+    check_comparable(first, first.model_copy(update={"num_seeds": 1}))
+    second = STYLE_EXPERIMENTS["quickstart-style"] if changes is None else first.model_copy(update=changes)
+    with pytest.raises(UserError, match=message):
+        check_comparable(first, second)

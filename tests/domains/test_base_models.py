@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import FAMILY_NAMES, save_model
+from tiny import FAMILY_NAMES, save_model, saved_base
 
 from cpdiff_core.config import UserError
 from cpdiff_core.domains.base_models import BaseModelConfig, build_classifier, load_tokenizer, resolve_base_model
@@ -74,3 +74,12 @@ def test_model_that_is_not_on_this_machine_is_named_within_seconds(name: str) ->
     with pytest.raises(UserError, match=r"base_model.name .*use an embedded default \(minilm-l6\)"):
         resolve_base_model(BaseModelConfig(name=name))
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("family", "num_tokens"), [("bert", 64), ("roberta", 68), ("deberta", 64), ("gpt2", 64)])
+def test_config_says_how_many_blocks_and_tokens_there_are(tmp_path: Path, family: str, num_tokens: int) -> None:
+    base = saved_base(tmp_path / family, family)
+    assert (base.num_blocks, base.num_tokens) == (2, num_tokens)
+    config = json.loads((base.folder / "config.json").read_text())
+    (base.folder / "config.json").write_text(json.dumps({"model_type": config["model_type"]}))
+    assert (base.num_blocks, base.num_tokens) == (None, None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_fine_tuning import LORA, RUNTIME, SPLITS, TUNE
 
+from cpdiff_core.config import UserError
 from cpdiff_core.domains.glue.continuation import ContinueConfig, continue_from, continued
 from cpdiff_core.domains.glue.fine_tuning import FineTuning, HarvestConfig, initial_weights, run_seed
 from cpdiff_core.domains.glue.heads import HeadConfig, fit_head
@@ -51,3 +52,9 @@ def test_soup_control_learns(run, head):
 def test_vectors_of_another_layout_are_refused(run, head):
     with pytest.raises(ValueError, match="use one layout"):
         continue_from([continued(run, ContinueConfig(num_steps=2))], torch.zeros(1, 7), [head], RUNTIME)
+
+
+def test_learning_rate_that_is_too_high_is_named_as_the_experiment_names_it(run, head):
+    again = continued(run, ContinueConfig(num_steps=3, learning_rate=1e20))
+    with pytest.raises(UserError, match=r"lower soup_tuning\.learning_rate"):
+        continue_from([again], initial_weights(again)[None], [head], RUNTIME, settings="soup_tuning")

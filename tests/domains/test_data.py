@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import write_jsonl
 
 from cpdiff_core.config import UserError, fingerprint
 from cpdiff_core.domains.base_models import BaseModelConfig, load_tokenizer, resolve_base_model
@@ -22,6 +23,7 @@ from cpdiff_core.domains.glue.data import (
     split_rows,
     tokenize,
 )
+from cpdiff_core.domains.glue.data_checks import remarks
 from cpdiff_core.domains.glue.text_tasks import FileData, GlueData, HubData, TextTask, excerpt
 
 ROWS: list[dict[str, Any]] = [{"text": f'sentence {i}, with a "quote" and a comma', "label": i % 2} for i in range(20)]
@@ -354,3 +356,22 @@ def test_examples_of_each_split_carry_their_own_labels(tmp_path: Path) -> None:
         examples = examples_of(task, SplitConfig(), split)
         assert examples.texts == tuple(read_examples(task, source).texts[row] for row in rows)
         assert examples.labels.tolist() == [ROWS[row]["label"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("labels", "metrics", "label", "told"),
+    [
+        (("no", "yes"), ("accuracy", "matthews_correlation", "f1"), "yes", "matthews_correlation is 0"),
+        (("no", "yes"), ("accuracy", "f1"), "no", "f1 is 0"),
+        (("no", "yes"), ("accuracy",), "no", None),
+        (None, ("pearson", "spearmanr"), 2.5, "pearson and spearmanr are 0"),
+    ],
+)
+def test_metric_that_is_the_same_whatever_is_predicted_is_told(tmp_path: Path, labels, metrics, label, told) -> None:
+    other = {"no": "yes", "yes": "no"}.get(label, 1.0)
+    for part, found in (("train", [label, other] * 10), ("validation", [label] * 4)):
+        write_jsonl(tmp_path / f"{part}.jsonl", [{"text": f"{part} {i}", "label": one} for i, one in enumerate(found)])
+    data = FileData(train="train.jsonl", validation="validation.jsonl")
+    task = TextTask(name="t", data=data, text_columns=("text",), labels=labels, metrics=metrics, description="A task.")
+    lines = remarks(resolve_task(task, tmp_path), SplitConfig(held_out_fraction=0.5))
+    assert lines == [f"task 't': all 4 validation labels are the same; {told} there whatever is predicted"] * (told is not None)

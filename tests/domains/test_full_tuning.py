@@ -1,9 +1,11 @@
 """Full fine-tuning: it learns, every parameter moves, and stored logits are transformers' own."""
 
+import pytest
 import torch
 from test_fine_tuning import RUNTIME, SPLITS
 from transformers import AutoModelForSequenceClassification
 
+from cpdiff_core.config import UserError
 from cpdiff_core.domains.glue.data import tokenize
 from cpdiff_core.domains.glue.full_tuning import FullTuningConfig, fresh_classifier, full_logits, tune_fully
 
@@ -29,3 +31,10 @@ def test_full_fine_tuning_learns_the_cue_words_and_scores_as_transformers_does(b
     moved = [name for name, value in state.items() if value.is_floating_point() and not torch.equal(value, start[name])]
     assert {"bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight",
             "classifier.weight"} <= set(moved)  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [2, None])
+def test_outputs_that_are_not_finite_are_refused_though_the_loss_before_them_was(bert, make_task, classes):
+    far = CONFIG.model_copy(update={"learning_rate": 1e30, "num_epochs": 0.1, "num_evaluations": 1})
+    with pytest.raises(UserError, match=r"lower full\.learning_rate \(now 1e\+30\)"):
+        tune_fully(far, bert, make_task("far", classes, num=60), SPLITS, RUNTIME)

@@ -168,3 +168,6 @@ def test_a_condition_without_effect_is_said_to_do_nothing():
     assert audit.condition_effect("no condition", drop).startswith("the condition matters: ")
     assert audit.condition_effect("another task's statistics", drop).startswith("the statistics matter: ")
     assert audit.condition_effect("another task's statistics", TIE).startswith("the statistics do nothing that shows: ")
+    rise = Interval(estimate=-3.0, low=-5.0, high=-1.0)
+    assert audit.condition_effect("no condition", rise).startswith("the condition does harm: ")
+    assert audit.condition_effect("another task's statistics", rise).startswith("the statistics do harm: ")

@@ -22,6 +22,7 @@ def test_task_whose_training_vectors_do_not_vary_has_no_dispersion():
     found = geometry({"a": torch.ones(1, 3)}, {"a": torch.randn(4, 3)})
     assert found.dispersion("a") is None
     assert found.between_training == 0.0
+    assert (found.separation("training"), found.separation("generated")) == (None, None), "a task alone"
 
 
 def test_embedding_separates_tasks_that_are_far_apart():

@@ -75,6 +75,7 @@ def test_explained_variance_is_zero_for_task_means_one_for_copies_and_half_for_h
     assert within_task_variance_explained(w_VK, mean_VK + 1.0, task_V) < 0.0
 
 
+@pytest.mark.filterwarnings("error:std")
 @pytest.mark.parametrize("num_vectors", [1, 8])
 @pytest.mark.parametrize("size", [1500, 1499])
 def test_conv_overfits_few_vectors(num_vectors: int, size: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny import save_model, sentences, write_jsonl
 
+from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.evaluation.arms import ALL_ARMS
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\u2028\x07 \"'&amp;{{ 7 * 7 }}"
@@ -16,10 +17,12 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 @dataclass(frozen=True)
 class TextRun:
-    """folder: of the report."""
+    """folder: of the report. values: the experiment as one writes it in JSON."""
 
     folder: Path
     root: Path
+    values: dict[str, Any]
+    runtime: RuntimeConfig
 
     @property
     def page(self) -> Path:
@@ -41,7 +44,6 @@ def _task(folder: Path, name: str, seed: int) -> dict[str, Any]:
 def text_run(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> TextRun:
     from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-    from cpdiff_core.config import RuntimeConfig
     from cpdiff_core.experiments import ExperimentConfig
     from flows.pipeline import run_experiment
 
@@ -62,4 +64,4 @@ def text_run(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> T
     runtime = RuntimeConfig(device="cpu", progress=False, data_dir=str(path / "data"))
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: path / "root"}):
         page = Path(run_experiment(ExperimentConfig.model_validate(values), runtime))
-    return TextRun(page.parent, path / "root")
+    return TextRun(page.parent, path / "root", values, runtime)

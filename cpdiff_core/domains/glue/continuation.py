@@ -45,10 +45,13 @@ def continued(run: HarvestConfig, config: ContinueConfig) -> HarvestConfig:
 
 def continue_from(
     runs: Sequence[HarvestConfig], w_SK: torch.Tensor, heads: Sequence[Mapping[str, torch.Tensor]], runtime: RuntimeConfig,
-    resume: ResumeState | None = None,
+    resume: ResumeState | None = None, settings: str = "fine_tune",
 ) -> torch.Tensor:  # fmt: skip
-    """Train every row of w_SK on, in one stacked pass. Returns the last vector of each, w_SK, on the CPU."""
-    tuning = FineTuning(runs, heads, runtime)
+    """Train every row of w_SK on, in one stacked pass. Returns the last vector of each, w_SK, on the CPU.
+
+    settings: of which part of an experiment the runs are, for errors.
+    """
+    tuning = FineTuning(runs, heads, runtime, settings)
     if w_SK.shape != tuning.w_SK.shape:
         raise ValueError(f"vectors {tuple(w_SK.shape)} for runs of shape {tuple(tuning.w_SK.shape)}: use one layout")
     tuning.w_SK.copy_(w_SK)

@@ -208,12 +208,19 @@ class StepInputs:
 
 
 class FineTuning:
-    """S runs in one stack: data, weights, optimiser and the ring of harvested checkpoints, all on the device."""
+    """S runs in one stack: data, weights, optimiser and the ring of harvested checkpoints, all on the device.
 
-    def __init__(self, members: Sequence[HarvestConfig], heads: Sequence[Mapping[str, torch.Tensor]], runtime: RuntimeConfig):
+    settings: what of an experiment says how they are trained, for errors.
+    """
+
+    def __init__(
+        self, members: Sequence[HarvestConfig], heads: Sequence[Mapping[str, torch.Tensor]], runtime: RuntimeConfig,
+        settings: str = "fine_tune",
+    ):  # fmt: skip
         if len({group_key(member) for member in members}) != 1:
             raise ValueError("the runs of one group must agree in base, LoRA shape, batch, length, precision and harvest")
         self.members = list(members)
+        self.settings = settings
         first = members[0]
         self.batch_size = first.fine_tune.batch_size
         self.max_grad_norm = first.fine_tune.max_grad_norm
@@ -318,7 +325,7 @@ class FineTuning:
             if len(bad):
                 raise UserError(
                     f"task {member.task.name!r}: the loss of run {member.run} is not finite at step {start + int(bad[0]) + 1}; "
-                    f"lower fine_tune.learning_rate (now {member.fine_tune.learning_rate:g}) or check the data"
+                    f"lower {self.settings}.learning_rate (now {member.fine_tune.learning_rate:g}) or check the data"
                 )
         return float(losses[:, -1].nanmean())
 

@@ -45,7 +45,7 @@ def tune_fully(
 ) -> dict[str, torch.Tensor]:
     """The parameters of the checkpoint that is best on the selection split.
 
-    Raises UserError for a loss that is not finite.
+    Raises UserError for a loss or for outputs that are not finite.
     """
     device = device_of(runtime)
     texts, labels = tokenize(task, splits, "train", base, config.max_length)
@@ -82,9 +82,12 @@ def tune_fully(
             schedule.step()
             progress.step()
             if step + 1 in evaluated_at:
-                if not math.isfinite(loss.item()):
-                    raise UserError(f"task {task.name!r}: full fine-tuning has no finite loss; lower full.learning_rate")
                 score = _score(model, task.task, *chosen_on, device)
+                if not (math.isfinite(loss.item()) and math.isfinite(score)):
+                    raise UserError(
+                        f"task {task.name!r}: full fine-tuning has no finite loss or outputs; lower full.learning_rate (now "
+                        f"{config.learning_rate:g})"
+                    )
                 if score > best_score:
                     best_score = score
                     best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
@@ -149,5 +152,7 @@ def _logits(model: nn.Module, texts: TokenizedTexts, device: torch.device) -> to
 
 def _score(model: nn.Module, task: TextTask, texts: TokenizedTexts, labels: np.ndarray, device: torch.device) -> float:
     logits = _logits(model, texts, device)
+    if not logits.isfinite().all():
+        return math.nan
     predicted = logits[:, 0].double().numpy() if task.labels is None else logits.argmax(-1).numpy()
     return float(metric(task.primary_metric, predicted, labels, task.metrics))
