@@ -27,6 +27,7 @@ from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.diffusion import LatentDiffusion, SamplingConfig
 from cpdiff_core.generator.normalization import Normalizer
+from cpdiff_core.reports.html import counted
 from cpdiff_core.reports.style_tables import FLOOR, NO_LORA, StyleCell, floor_cell, load_classifier, style_cell
 
 UNSEEN_TABLE, UNSEEN_FACTS, UNSEEN_TEXT = "unseen.csv", "unseen.json", "unseen.txt"
@@ -172,7 +173,7 @@ def _verdicts(frame: pd.DataFrame) -> list[str]:
             worse = int((own[f"gain_over_{key}_high"] < 0).sum())
             parts.append(f"{shown}: better on {better}, worse on {worse}")
         lines.append(
-            f"{arm}, on {len(own)} unseen style(s), counting 95 % intervals that exclude 0: {'; '.join(parts)}."
+            f"{arm}, on {counted(len(own), 'unseen style')}, counting 95 % intervals that exclude 0: {'; '.join(parts)}."
         )
     return lines
 

@@ -11,8 +11,10 @@ import errno
 import fcntl
 import logging
 import os
+import statistics
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from cpdiff_core.config import UserError
 
 ROOT_VARIABLE = "PREFECT_LOCAL_STORAGE_PATH"
 DEFAULT_ROOT = Path("~/.cpdiff")
+LOAD_FILE = Path("/proc/loadavg")
+"""Its fourth field: threads that run or wait for a processor, of all."""
 
 DEFAULTS = {
     # Without PREFECT_API_URL a server of its own is started; on a slow machine that takes more than the 20 seconds
@@ -61,6 +65,8 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
             logging.getLogger(sender).setLevel(level)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if _shared() and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     wanted = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT)
     try:
         path = wanted.expanduser().absolute()
@@ -70,6 +76,24 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
         ) from error
     os.environ[ROOT_VARIABLE] = str(path)
     return path
+
+
+def _shared() -> bool:
+    """Whether others compute on half of the processors or more, as Linux tells; elsewhere False.
+
+    torch's threads wait for one another awake, which is fastest on processors of their own; on shared ones it takes the
+    time from the thread that is waited for, and a step takes twice as long, or ten times (docs/LOG.md). Results do not
+    depend on it.
+    """
+    others = []
+    for _ in range(5):
+        try:
+            running = LOAD_FILE.read_text(encoding="ascii").split()[3].partition("/")[0]
+        except (OSError, IndexError):
+            return False
+        others.append(int(running) - 1)
+        time.sleep(0.01)
+    return statistics.median(others) >= max(1, (os.cpu_count() or 1) / 2)
 
 
 def chosen_settings() -> dict[str, str]:

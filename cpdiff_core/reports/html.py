@@ -48,6 +48,11 @@ class Pictures:
         return url
 
 
+def counted(number: int, word: str) -> str:
+    """1 step, 25 steps."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
 def embedded_json(value: Any) -> str:
     """`value` as JSON that can stand inside a script element: no text in it can end that element or begin another."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))

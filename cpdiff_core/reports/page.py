@@ -19,7 +19,7 @@ from cpdiff_core.reports.cost import CostReport, cost_report
 from cpdiff_core.reports.explorer import Reading, explorer
 from cpdiff_core.reports.facts import FACTS_FILE, collect_facts
 from cpdiff_core.reports.figures import draw_figures
-from cpdiff_core.reports.html import Pictures, render
+from cpdiff_core.reports.html import Pictures, counted, render
 from cpdiff_core.reports.inputs import ReportInputs, artifacts_in
 from cpdiff_core.reports.tables import (
     AVERAGE,
@@ -200,11 +200,12 @@ def reading_notes(config: ExperimentConfig, inputs: ReportInputs) -> list[str]:
         f"Head: {config.head.kind}, fixed from step 0 and shared by all arms"
         + (" but full, whose head is trained" if "full" in config.arms else "")
         + ("; no-LoRA is the frozen base with that head." if "no-LoRA" in config.arms else "."),
-        f"{config.base_model.name}, LoRA rank {config.lora.rank}, {config.num_runs} run(s) per task, "
-        f"N = {entries[0].num_checkpoints} checkpoint(s).",
+        f"{config.base_model.name}, LoRA rank {config.lora.rank}, {counted(config.num_runs, 'run')} per task, "
+        f"N = {counted(entries[0].num_checkpoints, 'checkpoint')}.",
         f"Condition {config.condition.kind}; normalisation {normalized.scope}"
         + (f" by {normalized.axis}" if normalized.scope != "none" else "")
-        + f"; sampler {sampling.scheduler}, {sampling.num_inference_steps} step(s), {sampling.num_candidates} candidate(s).",
+        + f"; sampler {sampling.scheduler}, {counted(sampling.num_inference_steps, 'step')}, "
+        + f"{counted(sampling.num_candidates, 'candidate')}.",
     ]
     seeds = ", ".join(str(seed.seed) for seed in inputs.seeds)
     if len(inputs.seeds) == 1:

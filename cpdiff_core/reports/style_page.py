@@ -21,7 +21,7 @@ from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact
 from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FILE
 from cpdiff_core.reports.cost import CostReport, cost_report
 from cpdiff_core.reports.explorer import Reading, explorer
-from cpdiff_core.reports.html import Pictures, render
+from cpdiff_core.reports.html import Pictures, counted, render
 from cpdiff_core.reports.inputs import artifacts_in
 from cpdiff_core.reports.style_figures import SHEET_COLUMNS, SHEET_GAP, draw_style_figures
 from cpdiff_core.reports.style_tables import (
@@ -240,8 +240,8 @@ def style_notes(config: StyleExperimentConfig, inputs: StyleReportInputs, qualit
         f"The base against photographs held out of its training: {base.distance.spread} at n = {base.num_images}, "
         f"floor {floor.distance.estimate:.1f} at n = {floor.num_images}, ratio {ratio:.2f}{made}. Far above 1, a style's "
         "no-LoRA row measures the base's failure too.",
-        f"{len(inputs.arms)} style(s) of the {len(config.styles)} trained on, LoRA rank {config.lora.rank}, "
-        f"{config.num_runs} run(s), N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, "
+        f"{counted(len(inputs.arms), 'style')} of the {len(config.styles)} trained on, LoRA rank {config.lora.rank}, "
+        f"{counted(config.num_runs, 'run')}, N = {config.num_checkpoints}, M = {config.sampling.num_candidates}, "
         f"{config.images.num_images} images per vector, seed {config.seed}. One seed says nothing about the spread over seeds.",
         *(f"This preset's economy: {text}." for text in config.economies),
     ]

@@ -60,7 +60,7 @@ def test_way_between_styles_is_told_from_the_first_to_the_last(style_run: StyleR
 def test_page_says_what_its_table_is_of(style_run: StyleRun) -> None:
     """Two of four styles are in the table; the probe knows those, the one left out and the photographs."""
     page = (style_run.report / "report.html").read_text(encoding="utf-8")
-    assert "2 style(s) of the 4 trained on" in page
+    assert "2 styles of the 4 trained on" in page
     assert "the scored and the left-out styles and of photographs" in page
     (probe,) = {tuple(inputs["names"]) for inputs in style_run.inputs("fit_style_classifier").values()}
     assert set(probe) == {"oil", "chalk", "ink", "photo"}
@@ -96,7 +96,7 @@ def test_objectives_of_one_kind_have_rows_of_their_own(style_run: StyleRun, run_
     for name in ("weights", "through the base 1", "through the base 2"):
         assert re.search(rf"^ink +generated, {name}  ", summary, re.M), name
         assert re.search(rf"^ink +shuffled condition, {name}  ", summary, re.M), name
-        assert f"\ngenerated, {name}, on 1 unseen style(s)" in summary
+        assert f"\ngenerated, {name}, on 1 unseen style," in summary
 
 
 @pytest.mark.parametrize("twice", [[{"kind": "weights"}], [{"kind": "through_base"}] * 2])

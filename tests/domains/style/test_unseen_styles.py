@@ -101,9 +101,9 @@ def test_table_has_every_arm_and_its_distances_are_those_of_the_images(style_run
         assert row[f"gain_over_{key}"] == pytest.approx(by_arm.loc[other, "estimate"] - row["estimate"])
         assert row[f"gain_over_{key}_low"] <= row[f"gain_over_{key}"] <= row[f"gain_over_{key}_high"]
     summary = (style_run.report / "summary.txt").read_text()
-    assert "generated, through the base, on 1 unseen style(s)" in summary
+    assert "generated, through the base, on 1 unseen style," in summary
     page = (style_run.report / "report.html").read_text()
-    assert "<li>generated, through the base, on 1 unseen style(s)" in page
+    assert "<li>generated, through the base, on 1 unseen style," in page
     assert "<li>Nearest training styles: " in page
     alone = next(iter(style_run.inputs("compare_unseen_style")))
     for name in ("unseen.csv", "unseen.json", "unseen.txt", f"sheet_{LEFT_OUT}.png"):
@@ -128,7 +128,7 @@ def test_comparisons_of_several_styles_are_joined_as_they_are(style_run, tmp_pat
     joined = (out / "unseen.csv").read_text().splitlines()
     assert joined == (first / "unseen.csv").read_text().splitlines() + (second / "unseen.csv").read_text().splitlines()[1:]
     told = (out / "unseen.txt").read_text()
-    assert "generated, weights, on 2 unseen style(s)" in told
+    assert "generated, weights, on 2 unseen styles," in told
     assert f"{LEFT_OUT}: {facts['styles'][0]['nearest']} (cosine" in told
     assert f"; {other}: " in told
     assert (out / "sheet_other.png").is_file()
