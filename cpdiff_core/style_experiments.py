@@ -20,7 +20,7 @@ from cpdiff_core.domains.style.base import (
     spec_of,
 )
 from cpdiff_core.domains.style.features import EfficientNetLite0Features, FeatureConfig
-from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig
+from cpdiff_core.domains.style.fine_tuning import StyleFineTuneConfig, check_lora
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig
 from cpdiff_core.domains.style.styles import (
     STYLES,
@@ -94,8 +94,7 @@ class StyleExperimentConfig(Config):
                 f"num_checkpoints {self.num_checkpoints} is more than fine_tune.num_harvest "
                 f"{self.fine_tune.num_harvest}; harvest more or use fewer"
             )
-        if self.lora.lora_dropout:
-            raise ValueError(f"lora.lora_dropout {self.lora.lora_dropout:g}: styles train without dropout; set it to 0")
+        check_lora(self.lora)
         check_sampling(self.diffusion, self.sampling)
         for field in ("left_out", "scored"):
             chosen = getattr(self, field)

@@ -43,11 +43,11 @@ def bundle_experiment(
         )
     resolved = resolve(config, Path(runtime.data_dir) if runtime.data_dir else None)
     (heads,) = fit_heads((resolved,), runtime)
-    encode_conditions(resolved, runtime)
+    conditions = encode_conditions(resolved, runtime)
     runs = runs_of(resolved)
     stages.harvest_together(runs, [heads[run.task.name] for run in runs], runtime)
     zoo = harvest(resolved, heads, runtime)
-    generator = fit_generator(resolved, zoo, runtime)
+    generator = fit_generator(resolved, zoo, conditions, runtime)
     prompts = read_json(folder(generator.conditions), "prompts.json")["generation"] or [None] * len(resolved.tasks)
     verdicts = _verdicts(experiment, runtime)
     cards = tuple(

@@ -58,22 +58,23 @@ def compute_all(experiments: Sequence[ExperimentConfig], runtime: RuntimeConfig)
     of a Dask cluster, if the flow has one (`tasks/engine.py`). For use inside a flow."""
     resolved = [resolve(experiment, Path(runtime.data_dir) if runtime.data_dir else None) for experiment in experiments]
     seeds = [
-        (one.model_copy(update={"config": one.config.for_seed(number)}), heads, runtime)
+        (one.model_copy(update={"config": one.config.for_seed(number)}), heads)
         for one, heads in zip(resolved, fit_heads(resolved, runtime), strict=True)
         for number in range(one.config.num_seeds)
     ]
-    for seed, _, _ in seeds:
-        encode_conditions(seed, runtime)
-    harvest_together([(run, heads) for seed, heads, _ in seeds for run in runs_of(seed)], runtime)
-    done = iter(each("seed", compute_seed, seeds))
+    calls = [(seed, heads, encode_conditions(seed, runtime), runtime) for seed, heads in seeds]
+    harvest_together([(run, heads) for seed, heads in seeds for run in runs_of(seed)], runtime)
+    done = iter(each("seed", compute_seed, calls))
     return tuple(ReportInputs(base=one.base, seeds=tuple(islice(done, one.config.num_seeds))) for one in resolved)
 
 
-def compute_seed(resolved: ResolvedExperiment, heads: dict[str, Artifact], runtime: RuntimeConfig) -> SeedInputs:
+def compute_seed(
+    resolved: ResolvedExperiment, heads: dict[str, Artifact], conditions: Artifact, runtime: RuntimeConfig
+) -> SeedInputs:
     """One seed: harvest, fit, generate, choose and score."""
     config = resolved.config
     zoo = harvest(resolved, heads, runtime)                                              # Sec. 4.1
-    generator = fit_generator(resolved, cut_to_blocks(resolved, zoo), runtime)           # Sec. 3.2-3.3, Eq. 6-8
+    generator = fit_generator(resolved, cut_to_blocks(resolved, zoo), conditions, runtime)  # Sec. 3.2-3.3, Eq. 6-8
     annealed, tuned = continue_zoo(resolved, zoo, heads, runtime)                        # controls
     scorers = [
         TaskScorer(

@@ -79,12 +79,13 @@ def cut_to_blocks(resolved: ResolvedExperiment, zoo: Zoo) -> Zoo:
     return zoo.model_copy(update={"tasks": tasks})
 
 
-def fit_generator(resolved: ResolvedExperiment, zoo: Zoo, runtime: RuntimeConfig) -> stages.Generator:
-    """Normalisation statistics, autoencoder, conditions and conditional diffusion, each a stage."""
+def fit_generator(
+    resolved: ResolvedExperiment, zoo: Zoo, conditions: Artifact, runtime: RuntimeConfig
+) -> stages.Generator:
+    """Normalisation statistics, autoencoder and conditional diffusion, each a stage."""
     config = resolved.config
     normalizer = stages.fit_normalization(config.normalization, zoo)
     autoencoder = stages.fit_autoencoder(config.autoencoder, zoo, normalizer, config.seed, runtime=runtime)
-    conditions = encode_conditions(resolved, runtime)
     diffusion = stages.fit_diffusion(
         config.diffusion, config.condition, zoo, normalizer, autoencoder, conditions, config.seed, runtime=runtime
     )

@@ -65,8 +65,8 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
             logging.getLogger(sender).setLevel(level)
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if _shared() and "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _shared():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     wanted = Path(root or chosen.get(ROOT_VARIABLE) or DEFAULT_ROOT)
     try:
         path = wanted.expanduser().absolute()

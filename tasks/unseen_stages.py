@@ -19,6 +19,7 @@ from cpdiff_core.domains.style.through_base import fit_through_base as compute_t
 from cpdiff_core.generator.autoencoder import ParameterAutoencoder
 from cpdiff_core.generator.conditions import StyleImageCondition
 from cpdiff_core.generator.diffusion import DiffusionConfig, SamplingConfig
+from cpdiff_core.generator.training import captures
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.zoo import CANDIDATE_FILE
 from cpdiff_core.reports.inputs import Generator
@@ -53,8 +54,9 @@ def fit_through_base(
     device = device_of(runtime)
     if tuple(read_json(folder(conditions), "prompts.json")["tasks"]) != images.styles:
         raise ValueError("the styles of the conditions and of the images must be the same, in the same order")
-    compiled = device.type == "cuda" and runtime.compile is not False
-    data = DenoisingLoss(images.base, root(), images.lora, images.encoded, device, images.precision, compiled)
+    data = DenoisingLoss(
+        images.base, root(), images.lora, images.encoded, device, images.precision, captures(runtime, device)
+    )
     model, decoder, losses = compute_through_base(
         objective, config, condition, ParameterAutoencoder.load(folder(autoencoder), device),
         stacked_statistics(load_normalizer(normalizer), images.styles), data,

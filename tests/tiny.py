@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.base_models import BaseModel, BaseModelConfig, resolve_base_model
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -86,3 +89,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def run_in_copy(flow: Callable[..., str], experiment: Any, runtime: RuntimeConfig, root: Path, copy: Path) -> Path:
+    """Run an experiment in a copy of a root in which a like one has been computed; the folder of its report."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: shutil.copytree(root, copy)}):
+        return Path(flow(experiment, runtime)).parent

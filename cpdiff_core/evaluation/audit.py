@@ -264,6 +264,11 @@ def verdict(task: str, found: Novelty, alike: Sequence[str], best_trivial: str, 
     return Verdict(task=task, kind=kind, difference=difference, text=f"{task}: {text}; {where}")
 
 
+def novelty_unit(single: bool) -> str:
+    """What a novelty of 1 is, in words. single: there is one training vector."""
+    return "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+
+
 def condition_effect(changed: str, difference: Interval) -> str:
     """One line on causality. difference: right minus changed condition (or statistics), paired, all else equal."""
     matters, harms, nothing = (

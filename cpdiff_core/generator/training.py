@@ -64,6 +64,11 @@ class TrainingConfig(Config):
         return (self.learning_rate * torch.where(position < up, rising, falling)).float()
 
 
+def captures(runtime: RuntimeConfig, device: torch.device) -> bool:
+    """Whether a training is worth capturing and compiling: on a GPU, unless `runtime.compile` says no."""
+    return device.type == "cuda" and runtime.compile is not False
+
+
 def generator_for(device: torch.device, *key: object) -> torch.Generator:
     """A random generator that depends on `key` only: the same in every process."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
@@ -98,7 +103,7 @@ def train(
             last = min(first + BLOCK_STEPS, config.steps)
             for index in range(first, last):
                 inputs = draw(generator)
-                if index == start and device.type == "cuda" and runtime.compile is not False:
+                if index == start and captures(runtime, device):
                     step = program.captured(inputs, compiled=bool(runtime.compile))
                 program.learning_rate.copy_(rates[index])
                 program.losses[index] = step(*inputs)

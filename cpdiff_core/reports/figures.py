@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cpdiff_core.artifacts import read_json, read_tensors
 from cpdiff_core.domains.glue.metrics import metric
 from cpdiff_core.evaluation.arms import arm_predictions
-from cpdiff_core.evaluation.audit import wrong_iou, wrong_predictions
+from cpdiff_core.evaluation.audit import novelty_unit, wrong_iou, wrong_predictions
 from cpdiff_core.evaluation.trivial import TRIVIAL_FAMILIES
 from cpdiff_core.generator.probing import Trajectory
 from cpdiff_core.reports.audit_section import TaskAudit
@@ -39,7 +39,7 @@ def drawn_figures(
 ) -> list[tuple[str, Any, str]]:
     """(file name without ending, figure, caption) of each."""
     single = next(iter(audits.values())).audits[0].novelty.factors.training_median is None
-    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+    unit = novelty_unit(single)
     regression = any(audit.audits[0].regression for audit in audits.values())
     drawn = [
         ("novelty", _novelty(audits, results), "Score against novelty: mean score of a set of vectors with its 95 % interval, "

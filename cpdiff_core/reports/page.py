@@ -10,6 +10,7 @@ from typing import Any
 from cpdiff_core.artifacts import Artifact, read_json, write_json
 from cpdiff_core.domains.glue.data_checks import remarks
 from cpdiff_core.evaluation.arms import MEANING
+from cpdiff_core.evaluation.audit import novelty_unit
 from cpdiff_core.evaluation.geometry import Geometry
 from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.generator.probing import Trajectory
@@ -96,7 +97,7 @@ def column_spans(results: Results) -> dict[str, tuple[float, float]]:
 def reading(config: ExperimentConfig, vectors: dict[str, TaskVectors]) -> Reading:
     """How the page calls the scores and distances of single vectors."""
     single = all(len(one.units) > 0 for one in vectors.values()) and config.num_checkpoints * config.num_runs == 1
-    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+    unit = novelty_unit(single)
     return Reading(
         splits={"selection": "selection examples", "report": "validation examples"},
         columns={"selection": "selection score", "report": "validation score"},

@@ -17,6 +17,7 @@ from cpdiff_core.domains.style.distances import kernel_distance, resampled_dista
 from cpdiff_core.domains.style.encoding import FEATURE_FILE
 from cpdiff_core.domains.style.images import contact_sheet
 from cpdiff_core.domains.style.styles import ResolvedStyle, StyleSplits, split_images
+from cpdiff_core.evaluation.audit import novelty_unit
 from cpdiff_core.evaluation.style_scores import SAMPLE_FILE, StyleReportArtifact, style_oracle
 from cpdiff_core.evaluation.style_study import INTERPOLATION_FILE, TRAJECTORY_FILE
 from cpdiff_core.reports.cost import CostReport, cost_report
@@ -70,6 +71,7 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         for written in (write_sheets(out, inputs, root), write_unseen_sheets(out, inputs, root))
     )
     between, trajectories = interpolation_data(inputs, root), trajectory_planes(inputs, root)
+    drawn = ("interpolation", "trajectory") if between else ("trajectory",)
     page = render(
         "style.html.j2", {"explore": explored and explored.data(), "interpolation": between, "trajectory": trajectories},
         config=config, headline=style_headline(results), notes=notes, unseen=left_out_table(inputs, root),
@@ -81,9 +83,7 @@ def write_style_report(out: Path, config: StyleExperimentConfig, inputs: StyleRe
         between_sheets={
             kind: pictures.photos(f"interpolation_{kind}.png") for kind in (between["distance"] if between else ())
         },
-        figures={
-            name: pictures.source(f"{name}.png") for name in (*(["interpolation"] if between else []), "trajectory")
-        },
+        figures={name: pictures.source(f"{name}.png") for name in drawn},
         metric=config.features.distance_name, cost=style_cost(inputs, root),
         configuration=json.dumps(config.model_dump(mode="json"), indent=1),
     )  # fmt: skip
@@ -135,7 +135,7 @@ def style_reading(config: StyleExperimentConfig) -> Reading:
     chosen = {"kid": "KID", "frechet": "Fr\u00e9chet distance"}[config.select_by]
     name = config.features.distance_name
     single = config.num_checkpoints * config.num_runs == 1
-    unit = "1 % of the training vector's norm" if single else "the training vectors' own median distance to each other"
+    unit = novelty_unit(single)
     return Reading(
         splits={"report": "images of the report", "selection": "images to choose by"},
         columns={"report": "distance of images", "selection": f"{chosen} that chooses"},

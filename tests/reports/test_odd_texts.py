@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tiny import run_in_copy
 
 from cpdiff_core.config import UserError
 
@@ -23,15 +23,12 @@ RunVariant = Callable[..., Path]
 @pytest.fixture
 def run_variant(text_run: TextRun, tmp_path: Path) -> RunVariant:
     """`run_variant(num_checkpoints=1)`: the tiny experiment with changes, in a copy of its root; the folder of the report."""
-    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-
     from cpdiff_core.experiments import ExperimentConfig
     from flows.pipeline import run_experiment
 
     def run(**changes: Any) -> Path:
-        root = shutil.copytree(text_run.root, tmp_path / "root")
-        with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root}):
-            return Path(run_experiment(ExperimentConfig.model_validate(text_run.values | changes), text_run.runtime)).parent
+        experiment = ExperimentConfig.model_validate(text_run.values | changes)
+        return run_in_copy(run_experiment, experiment, text_run.runtime, text_run.root, tmp_path / "root")
 
     return run
 

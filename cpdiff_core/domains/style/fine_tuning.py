@@ -71,6 +71,12 @@ class StyleHarvestConfig(Config):
         return f"{self.style} run {self.run}"
 
 
+def check_lora(lora: LoraSpec) -> None:
+    """Raises UserError for dropout, which this training has not."""
+    if lora.lora_dropout:
+        raise UserError(f"lora.lora_dropout {lora.lora_dropout:g}: styles train without dropout; set it to 0")
+
+
 def group_key(config: StyleHarvestConfig) -> tuple[Any, ...]:
     """Runs with equal keys can share one stacked pass."""
     return config.base, config.lora, config.fine_tune
@@ -89,8 +95,7 @@ class StyleFineTuning:
         self.members = list(members)
         first = members[0]
         self.fine_tune = first.fine_tune
-        if first.lora.lora_dropout:
-            raise UserError(f"lora.lora_dropout {first.lora.lora_dropout:g}: styles train without; set it to 0")
+        check_lora(first.lora)
         self.device = device_of(runtime)
         self.data = DenoisingLoss(
             first.base, root, first.lora, [member.encoded for member in members], self.device, first.fine_tune.precision,

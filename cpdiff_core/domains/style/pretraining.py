@@ -26,7 +26,7 @@ from cpdiff_core.domains.style.base import (
 )
 from cpdiff_core.domains.style.styles import StyleImages
 from cpdiff_core.generator.diffusion import build_scheduler
-from cpdiff_core.generator.training import train
+from cpdiff_core.generator.training import captures, train
 
 _FILE_BYTES = 14 * 2**20
 _PROCESS_FIELDS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
@@ -51,7 +51,7 @@ def pretrain(
         model = config.size.build()
         start_quietly(model)
     model.to(device)
-    if device.type == "cuda" and runtime.compile is not False:
+    if captures(runtime, device):
         for block in model.transformer_blocks:  # one program, which serves every block
             block.compile(dynamic=False)
         runtime = runtime.model_copy(update={"compile": None})  # the rest of the step is captured, not compiled

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from style_pictures import write_pictures
+from tiny import run_in_copy
 
 if TYPE_CHECKING:
     from conftest import StyleRun
@@ -21,16 +21,12 @@ RunVariant = Callable[..., Path]
 @pytest.fixture
 def run_variant(style_run: StyleRun, tmp_path: Path) -> RunVariant:
     """`run_variant(scored=[...])`: the tiny experiment with changes, in a copy of its root; the folder of the report."""
-    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-
     from cpdiff_core.style_experiments import StyleExperimentConfig
     from flows.style import run_style_experiment
 
     def run(**changes: Any) -> Path:
-        root = shutil.copytree(style_run.root, tmp_path / "root")
         experiment = StyleExperimentConfig.model_validate(style_run.experiment.model_dump(mode="json") | changes)
-        with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root}):
-            return Path(run_style_experiment(experiment, style_run.runtime)).parent
+        return run_in_copy(run_style_experiment, experiment, style_run.runtime, style_run.root, tmp_path / "root")
 
     return run
 
