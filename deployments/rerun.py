@@ -7,10 +7,13 @@ score with the previous interval, and every benchmark ratio with the last.
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from prefect.results import ResultStore
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Completed
 
-from tasks.inventory import REPORT_STAGE, Stored, digests, survey
+from cpdiff_core.artifacts import read_table
+from tasks.inventory import REPORT_STAGES, Stored, digests, survey
 from tasks.prefect_artifacts import artifact_key, place
 
 REGRESSION = 0.9
@@ -37,9 +41,14 @@ class FreshRoots:
     folder: Path
 
     def new(self) -> Path:
-        path = self.folder / time.strftime("%Y%m%dT%H%M%S")
-        path.mkdir(parents=True)
-        return path
+        """A root of its own for each of several that start in the same second."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for second in itertools.count(int(time.time())):
+            path = self.folder / time.strftime("%Y%m%dT%H%M%S", time.localtime(second))
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+        raise AssertionError
 
     def kept(self) -> list[Path]:
         """Oldest first."""
@@ -111,11 +120,13 @@ def compare(name: str, previous: Path | None, fresh: Path) -> Verdict:
         )
     moved, num_scores = _moved_scores(before.folder, after.folder)
     same += f", {num_scores - len(moved)} of {num_scores} scores are within their earlier intervals"
+    if other := _made_otherwise(before.folder, after.folder):
+        same += f"; what has changed around them: {', '.join(other)}"
     return Verdict((*warnings, *moved), same)
 
 
 def _report(stored: dict[str, Stored], name: str) -> Stored | None:
-    reports = [item for item in stored.values() if item.stage == REPORT_STAGE and item.complete and item.name == name]
+    reports = [item for item in stored.values() if item.stage in REPORT_STAGES and item.complete and item.name == name]
     return max(reports, key=lambda item: item.written, default=None)
 
 
@@ -127,14 +138,35 @@ def _differing(old: Stored, new: Stored) -> str:
 
 def _moved_scores(old: Path, new: Path) -> tuple[list[str], int]:
     """Scores of one report that lie outside the interval of the other, and how many both have."""
-    keys = ["task", "arm", "metric"]
-    both = pd.read_csv(old / "results.csv").merge(pd.read_csv(new / "results.csv"), on=keys, suffixes=("_old", "_new"))
+    both = _scores(old).merge(_scores(new), on=["of", "arm", "metric"], suffixes=("_old", "_new"))
     outside = both[(both.estimate_new < both.low_old) | (both.estimate_new > both.high_old)]
     lines = [
-        f"{row.task}, {row.arm}: {row.estimate_new:.1f} is outside {row.low_old:.1f} to {row.high_old:.1f}"
+        f"{row.of}, {row.arm}: {row.estimate_new:.1f} is outside {row.low_old:.1f} to {row.high_old:.1f}"
         for row in outside.itertuples()
     ]
     return lines, len(both)
+
+
+def _scores(report: Path) -> pd.DataFrame:
+    """of (task or style), arm, metric, estimate, low, high. A style's distance has a spread over resampled images in place of
+    an interval: 1.96 of it on either side."""
+    frame = read_table(report, "results.csv").rename(columns={"task": "of", "style": "of"})
+    if "low" not in frame:
+        frame = frame.assign(low=frame.estimate - 1.96 * frame["std"], high=frame.estimate + 1.96 * frame["std"])
+    return frame[["of", "arm", "metric", "estimate", "low", "high"]]
+
+
+def _made_otherwise(old: Path, new: Path) -> list[str]:
+    """`what before -> now` for what may change bytes of the same inputs: code, packages, hardware, threads."""
+    before, after = (_circumstances(folder) for folder in (old, new))
+    return [f"{what} {before[what]} -> {after[what]}" for what in after if before.get(what, after[what]) != after[what]]
+
+
+def _circumstances(report: Path) -> dict[str, Any]:
+    made = json.loads((report / "provenance.json").read_text(encoding="utf-8"))
+    commit = re.sub(r"(?<=^.{7})[0-9a-f]+", "", made["commit"] or "unknown")
+    around = {"commit": commit, "device": made["device"], "threads": made["torch_threads"]}
+    return around | made["versions"]
 
 
 def benchmark_verdict(folder: Path) -> Verdict:

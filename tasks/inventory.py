@@ -22,8 +22,9 @@ from tasks.provenance import is_intact
 from tasks.record import RECORD
 from tasks.stage import SCRATCH_PREFIX
 
-REPORT_STAGE = "report"
-SELECTION_STAGE = "score_selection"
+REPORT_STAGES = frozenset({"report", "style_report"})
+TABLE_STAGE = "table"
+SELECTION_STAGES = frozenset({"score_selection", "score_style_selection"})
 TIMED = ("report.html", "facts.json")
 NO_STAGES = frozenset({"adapters", "benchmarks", "generators", "reruns", "tensorboard"})
 """Folders below the root whose names and contents users choose. They hold no artifacts, so nothing here removes them."""
@@ -61,11 +62,13 @@ def _read(folder: Path) -> Stored:
     inputs: Any = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # an incomplete folder or a damaged one: `faults` tells
         inputs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["inputs"]
-    config = inputs.get("config") if isinstance(inputs, dict) else None
+    inputs = inputs if isinstance(inputs, dict) else {}
+    config = inputs.get("config")
+    name = config.get("name") if isinstance(config, dict) else inputs.get("name")
     return Stored(
         key=f"{folder.parent.name}/{folder.name}", folder=folder, inputs=frozenset(_named(inputs)),
-        name=config["name"] if isinstance(config, dict) and isinstance(config.get("name"), str) else None,
-        num_bytes=size_of(folder), written=folder.stat().st_mtime, complete=(folder / RECORD).is_file(),
+        name=name if isinstance(name, str) else None, num_bytes=size_of(folder), written=folder.stat().st_mtime,
+        complete=(folder / RECORD).is_file(),
     )  # fmt: skip
 
 
@@ -112,13 +115,14 @@ def behind(stored: Mapping[str, Stored], key: str) -> set[str]:
 
 
 def experiments(stored: Mapping[str, Stored]) -> dict[str, set[str]]:
-    """Experiment's name -> the keys of all that its reports were made from, the reports included."""
+    """Experiment's name -> the keys of all that its reports were made from, the reports included; a table's name -> its
+    own keys, for what it was made from belongs to its rows."""
     owned: dict[str, set[str]] = {}
     for key, item in stored.items():
-        if item.stage == REPORT_STAGE and item.complete and item.name is not None:
-            owned.setdefault(item.name, set()).update(behind(stored, key))
+        if item.stage in {*REPORT_STAGES, TABLE_STAGE} and item.complete and item.name is not None:
+            owned.setdefault(item.name, set()).update({key} if item.stage == TABLE_STAGE else behind(stored, key))
     for key, item in stored.items():
-        if item.stage == SELECTION_STAGE and item.inputs:
+        if item.stage in SELECTION_STAGES and item.inputs:
             for keys in owned.values():
                 if item.inputs <= keys:
                     keys.add(key)

@@ -45,26 +45,21 @@ def test_rerun_computes_again_and_puts_files_and_record_below_its_own_root(artif
     assert fresh.is_relative_to(artifact_root / "reruns" / "some-name")
 
 
-def report(root: Path, key: str = "report/ff1", estimate: float = 50.0, weights: str = "same") -> None:
-    """A root with a report of experiment `a` on one fit."""
+def report(
+    root: Path, key: str = "report/ff1", estimate: float = 50.0, weights: str = "same", torch: str = "2.14.1"
+) -> None:
+    """A root with a report of experiment `a` on one fit, in the columns of its kind of report."""
+    kind = {"style": "sketch", "std": 5.0} if key.startswith("style") else {"task": "sst2", "low": 40.0, "high": 60.0}
     for name, config in (("fit/bb1", {}), (key, {"config": {"name": "a"}})):
         path = root / name
         path.mkdir(parents=True)
         (path / "data.txt").write_text(weights if name.startswith("fit") else "report")
-        pd.DataFrame(
-            [
-                {
-                    "task": "sst2",
-                    "arm": "generated",
-                    "metric": "accuracy",
-                    "estimate": estimate,
-                    "low": 40.0,
-                    "high": 60.0,
-                }
-            ]
-        ).to_csv(path / "results.csv", index=False)
+        row = {**kind, "arm": "generated", "metric": "accuracy", "estimate": estimate}
+        pd.DataFrame([row]).to_csv(path / "results.csv", index=False)
         write_json(path / "config.json", {"inputs": config})
         seal(path)
+        made = {"commit": None, "device": "a processor", "torch_threads": 2, "versions": {"torch": torch}}
+        write_json(path / "provenance.json", made)
         (path / "result.json").write_text("{}")
 
 
@@ -91,6 +86,30 @@ def test_other_bytes_a_moved_score_and_another_configuration_are_each_named(tmp_
     assert compare("a", tmp_path / "old", tmp_path / "config").warnings == (
         "the experiment itself has changed: its configuration, its data or a stage's version; stages with other inputs: report",
     )
+
+
+def test_style_experiments_are_compared_and_kept_as_others(tmp_path: Path) -> None:
+    runs = fresh_roots(tmp_path, "a")
+    report(runs.folder / "20260101T000000", "style_report/ff1")
+    report(runs.folder / "20260102T000000", "style_report/ff1", estimate=60.0)
+    assert previous_root(tmp_path, "a") == runs.folder / "20260102T000000"
+    old, new = runs.finished("a")
+    assert compare("a", old, new).warnings[-1] == "sketch, generated: 60.0 is outside 40.2 to 59.8"
+    runs.prune("a", 1)
+    assert runs.kept() == [new]
+
+
+def test_what_has_changed_around_two_reruns_is_said_and_nothing_else(tmp_path: Path) -> None:
+    report(tmp_path / "old")
+    report(tmp_path / "new", torch="2.15.0")
+    found = compare("a", tmp_path / "old", tmp_path / "new")
+    assert found.same.endswith(" intervals; what has changed around them: torch 2.14.1 -> 2.15.0")
+
+
+def test_reruns_that_start_in_the_same_second_have_roots_of_their_own(tmp_path: Path) -> None:
+    runs = fresh_roots(tmp_path, "a")
+    assert sorted({runs.new() for _ in range(3)}) == runs.kept()
+    assert len(runs.kept()) == 3
 
 
 def test_previous_is_the_newest_rerun_with_a_report_and_old_ones_go(tmp_path: Path) -> None:

@@ -58,6 +58,17 @@ def test_report_leads_to_all_that_it_was_made_from_and_to_the_choice(two_experim
     assert owned["b"] == {"harvest/aa1", "fit/bb2", "score_report/dd2", "score_selection/ee2", "report/ff2"}
 
 
+def test_reports_of_styles_and_tables_of_several_experiments_are_kept_too(two_experiments: Path) -> None:
+    store(two_experiments, "harvest_style/aa2", [])
+    store(two_experiments, "score_style_selection/ee3", ["harvest_style/aa2"])
+    store(two_experiments, "style_report/ff3", ["harvest_style/aa2"], "s")
+    table = store(two_experiments, "table/ff4", ["report/ff1", "report/ff2"])
+    write_json(table / "config.json", {"stage": "table", "version": 1, "inputs": {"name": "table9", "reports": []}})
+    owned = experiments(survey(two_experiments))
+    assert owned["s"] == {"harvest_style/aa2", "score_style_selection/ee3", "style_report/ff3"}
+    assert owned["table9"] == {"table/ff4"}
+
+
 def test_report_without_a_record_owns_nothing(two_experiments: Path) -> None:
     (two_experiments / "report/ff1/result.json").unlink()
     assert experiments(survey(two_experiments)).keys() == {"b"}
