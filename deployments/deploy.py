@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from cpdiff_core.config import UserError
-from flows.startup import told_in_a_line
+from flows.startup import check_users_server, told_in_a_line
 
 POOLS = {"gpu": "flows that train or sample; one at a time per GPU", "cpu": "what only reads: comparisons"}
 
@@ -114,6 +114,7 @@ def main(
         raise UserError(f"--schedules {schedules!r}: must be on or off")
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError("PREFECT_API_URL: is not set; start `prefect server start` and set it to http://127.0.0.1:4200/api")
+    check_users_server()
     for line in deploy(gpus, schedules):  # type: ignore[arg-type]
         typer.echo(line)
 

@@ -44,7 +44,7 @@ class Session:
         if self.server is not None:
             self.server.wait(timeout=SERVER_SECONDS)
         else:
-            _check_users_server()
+            check_users_server()
 
 
 def begin(root: Path | None, offline: bool) -> Session:
@@ -95,14 +95,21 @@ def told_in_a_line(command: Callable[[], object]) -> None:
     sys.exit(2)
 
 
-def _check_users_server() -> None:
+def check_users_server() -> None:
+    """Raises UserError unless a Prefect server answers at PREFECT_API_URL and lets us in."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        if (fault := client.api_healthcheck()) is not None:
+        if (fault := client.api_healthcheck()) is None:
+            try:
+                client.hello()  # its health is told to everybody
+            except Exception as error:
+                fault = error
+        if fault is not None:
+            reason = str(fault).splitlines()[0].partition(" for url")[0]
             raise UserError(
-                f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({fault}); "
-                "start the server, or unset it"
+                f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({reason}); start the server, "
+                "correct the address, which ends in /api, or PREFECT_API_AUTH_STRING, or unset it"
             )
 
 

@@ -227,7 +227,7 @@ def test_altered_and_truncated_artifacts_name_the_stage(cli: CommandLine, tmp_pa
 def test_server_that_does_not_answer_is_one_line(cli: CommandLine, tmp_path: Path, tiny_values) -> None:
     file = write(tmp_path, tiny_values)
     outcome = cli.run("run", file, "--data-dir", "data", PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert_fault(outcome, "PREFECT_API_URL 'http://127.0.0.1:9/api/'", "start the server, or unset it")
+    assert_fault(outcome, "PREFECT_API_URL 'http://127.0.0.1:9/api/'", "(", "); start the server", "or unset it")
 
 
 def test_interrupt_before_the_first_stage_says_how_to_go_on(cli: CommandLine, tmp_path: Path) -> None:
