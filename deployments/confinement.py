@@ -13,19 +13,42 @@ from pathlib import Path
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.experiment_config import ExperimentConfig
+from tasks.environment import ROOT_VARIABLE, check_root, chosen_settings, root
 
 DATA_VARIABLE = "CPDIFF_DATA_DIR"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 
 
+def worker_root() -> Path:
+    """The root that the worker's owner has chosen, tried. Raises UserError if that is none that stays or can be used: what is
+    not absolute would lie in the run's working folder, which the worker removes with all that is in it."""
+    value = chosen_settings().get(ROOT_VARIABLE)
+    if not value:
+        raise UserError(f"{ROOT_VARIABLE}: is not set where the worker runs; start the worker with it, such as ~/.cpdiff")
+    _check_absolute(ROOT_VARIABLE, value)
+    check_root(path := root())
+    return path
+
+
 def data_dir() -> Path | None:
-    """The folder with data that the worker's owner offers to forms, or None."""
+    """The folder with data that the worker's owner offers to forms, or None. Raises UserError if it is not absolute."""
     value = os.environ.get(DATA_VARIABLE)
-    return Path(value).resolve() if value else None
+    if value:
+        _check_absolute(DATA_VARIABLE, value)
+    return Path(value).expanduser().resolve() if value else None
+
+
+def _check_absolute(variable: str, value: str) -> None:
+    if not Path(value).expanduser().is_absolute():
+        raise UserError(
+            f"{variable} {value!r}: is relative, and every run has a working folder of its own, which is removed when it ends; "
+            "start the worker with an absolute path"
+        )
 
 
 def runtime(device: str, num_threads: int | None) -> RuntimeConfig:
-    """How a run that was started from a form is computed."""
+    """How a run that was started from a form is computed. Raises UserError for a root that cannot be used."""
+    worker_root()
     folder = data_dir()
     return RuntimeConfig(device=device, num_threads=num_threads, data_dir=str(folder) if folder else None)
 

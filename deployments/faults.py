@@ -27,6 +27,7 @@ _SETTINGS = {
 
 def in_words_of_the_form(text: str) -> str:
     """Options of the command line by what they are in a form: fields, or settings of the worker's environment."""
+    text = text.replace("--root or PREFECT_LOCAL_STORAGE_PATH", "PREFECT_LOCAL_STORAGE_PATH of the worker")
     return re.sub(r"(?<!\S)--([a-z][a-z-]*)", lambda match: _SETTINGS.get(match[1], match[1].replace("-", "_")), text)
 
 

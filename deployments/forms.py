@@ -31,7 +31,6 @@ from flows.style import run_style_experiment
 from flows.tables import Data, reproduce_table
 from tasks.engine import part_of_a_flow
 from tasks.prefect_artifacts import headline, publish_adapters
-from tasks.stage import root
 
 
 def _told_shortly(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -190,7 +189,8 @@ def rerun_experiment_form(
         num_threads: CPU threads of the run. Another number may give other last bits.
     """
     config = _chosen(experiment)
-    base, fresh = root(), fresh_roots(root(), config.name)
+    base = confinement.worker_root()
+    fresh = fresh_roots(base, config.name)
     earlier, path = previous_root(base, config.name), fresh.new()
     try:
         report = on_root(path, _flow_of(config), config, confinement.runtime(device, num_threads))
@@ -223,7 +223,7 @@ def run_benchmarks_form(
     if not parts:
         raise UserError(f"parts []: is empty; choose at least one of {', '.join(ALL_PARTS)}")
     result = run_benchmarks.fn(tuple(parts), base, steps, runtime=confinement.runtime(device, num_threads))
-    return ended("benchmarks", benchmark_verdict(root() / "benchmarks"), result)
+    return ended("benchmarks", benchmark_verdict(confinement.worker_root() / "benchmarks"), result)
 
 
 @flow(name="generate-adapters", flow_run_name=_generation_run, **FLOW_OPTIONS)
@@ -247,8 +247,8 @@ def generate_adapters_form(
         num_threads: CPU threads of the run.
     """
     name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
-    out = confinement.named_folder(root() / "adapters", "name", name)
-    source = confinement.generator(root() / "generators", generator, GENERATING)
+    out = confinement.named_folder(confinement.worker_root() / "adapters", "name", name)
+    source = confinement.generator(confinement.worker_root() / "generators", generator, GENERATING)
     files = {
         field: str(confinement.data_file(f"request.{field}", value))
         for field in ("select", "few")
@@ -271,7 +271,7 @@ def compare_reruns_form(experiment: Named | OtherName = "quickstart") -> Any:
     Args:
         experiment: Which experiment; another name is that of a configuration of your own. It must have been rerun twice.
     """
-    kept = fresh_roots(root(), experiment).finished(experiment)
+    kept = fresh_roots(confinement.worker_root(), experiment).finished(experiment)
     if len(kept) < 2:
         raise UserError(f"experiment {experiment!r}: has {len(kept)} finished reruns, two are needed; run rerun-experiment")
     return ended(experiment, compare(experiment, kept[-2], kept[-1]), str(kept[-1]))

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.config import UserError
 from cpdiff_core.experiments import QUICKSTART
-from deployments.confinement import check_experiment, check_model, data_file, generator, named_folder
+from deployments.confinement import check_experiment, check_model, data_dir, data_file, generator, named_folder, worker_root
+from tasks.environment import ROOT_VARIABLE
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "~", ".hidden", "a\0b", "a\n", "link"])
@@ -73,3 +75,32 @@ def test_whole_configurations_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
     values["tasks"][0]["data"] = {"kind": "files", "train": "a.csv", "validation": "../b.csv"}
     with pytest.raises(UserError, match=r"tasks\.sst2\.data\.validation"):
         check_experiment(type(QUICKSTART).model_validate(values))
+
+
+@pytest.mark.parametrize(("value", "fault"), [(None, "is not set where"), ("here", "is relative"), ("", "is not set")])
+def test_a_root_that_would_not_outlive_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, value: str | None, fault: str) -> None:
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(ROOT_VARIABLE, value)
+    with pytest.raises(UserError, match=rf"^{ROOT_VARIABLE}.*{fault}.*start the worker with"):
+        worker_root()
+
+
+def test_a_root_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv(ROOT_VARIABLE, str(file / "root"))
+    with (
+        temporary_settings({PREFECT_LOCAL_STORAGE_PATH: file / "root"}),
+        pytest.raises(UserError, match=r"root .*cannot be used"),
+    ):
+        worker_root()
+
+
+def test_data_folder_is_absolute_or_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("CPDIFF_DATA_DIR", "~/data")
+    assert data_dir() == Path("/home/somebody/data")
+    monkeypatch.setenv("CPDIFF_DATA_DIR", "data")
+    with pytest.raises(UserError, match=r"^CPDIFF_DATA_DIR 'data': is relative"):
+        data_dir()

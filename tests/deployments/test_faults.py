@@ -71,6 +71,9 @@ def test_hooks_of_stages_are_not_in_the_log(log: io.StringIO) -> None:
 
 
 def test_options_become_fields_or_settings_of_the_worker() -> None:
+    assert in_words_of_the_form("choose a folder with --root or PREFECT_LOCAL_STORAGE_PATH, and run again") == (
+        "choose a folder with PREFECT_LOCAL_STORAGE_PATH of the worker, and run again"
+    )
     assert in_words_of_the_form("--text-columns or --few: give --data-dir; a--b stays") == (
         "text_columns or few: give CPDIFF_DATA_DIR of the worker; a--b stays"
     )
