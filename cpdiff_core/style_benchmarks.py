@@ -35,7 +35,7 @@ from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_image
 from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.domains.style.styles import Style, StyleSplits, excerpt, resolve_style, split_images
 from cpdiff_core.generator.diffusion import build_scheduler
-from cpdiff_core.generator.training import BLOCK_STEPS
+from cpdiff_core.generator.training import BLOCK_STEPS, TrainingConfig
 from cpdiff_core.lora.layout import LoraSpec, adapt, layout_of
 from cpdiff_core.measure import Measurement, seconds, synchronize
 from cpdiff_core.style_experiments import BASE_32, BASE_64, QUICKSTART_STYLE
@@ -105,23 +105,51 @@ def measure_styles(device: torch.device, rate: float, runtime: RuntimeConfig, st
 
 
 def _base(bench: StyleBench, steps: int) -> list[Measurement]:
-    """Steps of pretraining: eager, and as the product runs them."""
+    """Steps of pretraining: the plain loop, the product's own eagerly, and as it runs them."""
     blocks = max(1, steps // BLOCK_STEPS)
     small = {} if bench.gpu else {"batch_size": 2, "precision": "float32"}
     training = bench.config.training.model_copy(update={"steps": BLOCK_STEPS * (blocks + 1), **small})
     config = bench.config.model_copy(update={"training": training})
-    rows: list[Measurement] = []
+    work, size = f"style base, {config.size.sample_size} px, {training.batch_size} images a step", training.batch_size
+    rows = [_row(bench, f"{work}, plain loop by diffusers", _plain_base(bench, training, steps), size, 3, None)]
     modes = (("eager", False), ("blocks compiled, one CUDA graph per step", None))
     for name, compiled in modes if bench.gpu else modes[:1]:
         clock = BlockClock()
         runtime = bench.runtime.model_copy(update={"compile": compiled})
         pretrain(config, bench.photos, bench.captions, seed=0, device=bench.device, runtime=runtime, resume=clock)
         spent = clock.seconds_per_block() / BLOCK_STEPS
-        rows.append(
-            _row(bench, f"style base, {config.size.sample_size} px, {training.batch_size} images a step, {name}", spent,
-                 training.batch_size, 3, rows[0] if rows else None)
-        )  # fmt: skip
+        rows.append(_row(bench, f"{work}, {name}", spent, size, 3, rows[0]))
     return rows
+
+
+def _plain_base(bench: StyleBench, training: TrainingConfig, steps: int) -> float:
+    """Seconds of a step of pretraining as it is usually written: autocast, fused AdamW, an averaged model."""
+    model: Any = bench.config.size.build().to(bench.device)
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=bench.gpu)
+    images, captions = to_model_range(bench.photos.images_NCHW).to(bench.device), bench.captions.to(bench.device)
+    process = build_scheduler(spec_of(bench.base, bench.folder).process, "ddpm")
+    process.alphas_cumprod = process.alphas_cumprod.to(bench.device)
+    begin, warmup, size = 0.0, 2, training.batch_size
+    for step in range(steps + warmup):
+        if step == warmup:
+            synchronize(bench.device)
+            begin = time.perf_counter()
+        x_BCHW = images[torch.randint(len(images), (size,), device=bench.device)]
+        t_B = torch.randint(len(process.alphas_cumprod), (size,), device=bench.device)
+        noise_BCHW = torch.randn_like(x_BCHW)
+        rows = captions.rows(torch.randint(len(captions.mask_PT), (size,), device=bench.device))
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
+            out = _plain(model, process.add_noise(x_BCHW, noise_BCHW, t_B), t_B, rows)
+        loss = nn.functional.mse_loss(out.float(), process.get_velocity(x_BCHW, noise_BCHW, t_B))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(model.parameters()), 1 - (training.ema_decay or 0.0))
+    synchronize(bench.device)
+    return (time.perf_counter() - begin) / steps
 
 
 def _lora(bench: StyleBench, steps: int) -> list[Measurement]:

@@ -46,7 +46,7 @@ from tasks.stages import generator_parts
 CLASSIFIER_FILE = "classifier.json"
 
 
-@stage("pretrain_style_base", label=lambda config: f"{config.size.sample_size} px")
+@stage("pretrain_style_base", version=2, label=lambda config: f"{config.size.sample_size} px")
 def pretrain_style_base(
     out: Path, config: PretrainedBase, photos: ResolvedStyle, splits: StyleSplits, seed: int, *, runtime: RuntimeConfig,
     resume: ResumeState = GIVEN,

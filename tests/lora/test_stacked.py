@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import set_peft_model_state_dict
 from tiny import FAMILY_NAMES, WORDS, saved_base
+from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -24,7 +25,7 @@ from cpdiff_core.domains.base_models import (
 )
 from cpdiff_core.lora.layout import LoraSpec, adapt, initial_vector
 from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, pack, pad, place
-from cpdiff_core.lora.stacked import StackedClassifier, counter_dropout
+from cpdiff_core.lora.stacked import StackedClassifier, _attention, counter_dropout
 
 S, B, CLASSES = 3, 4, 3
 HEADS = {
@@ -180,6 +181,29 @@ def test_few_programs_serve_all_layers_and_any_number_of_rows(case: Case) -> Non
     torch.compiler.reset()
     assert len(numbers) >= 4
     assert 2 <= counter.frame_count <= 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernel needs a GPU")
+def test_attention_of_compiled_layers_equals_torchs_own_in_values_and_gradients() -> None:
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(module.code)
+        return lookup_backend("inductor")(module, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(_attention, backend=backend)
+    for rows, length, width in ((3, 128, 32), (4, 128, 32), (7, 136, 32), (5, 64, 64), (2, 16, 16)):
+        inputs = [torch.randn(rows, 4, length, width, device="cuda", requires_grad=True) for _ in range(3)]
+        text = torch.randint(5, (rows, length), device="cuda").sort(dim=1)[0]
+        apart = (text[:, None, :, None] != text[:, None, None, :]).expand(rows, 1, length, length)
+        mask = torch.zeros(apart.shape, device="cuda").masked_fill(apart, torch.finfo(torch.float32).min)
+        found, expected = compiled(*inputs, mask), _attention(*inputs, mask)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        for mine, theirs in zip(*(torch.autograd.grad((out**2).sum(), inputs) for out in (found, expected)), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+    torch.compiler.reset()
+    assert all("flex_attention" in code for code in graphs)
 
 
 def test_logits_after_saving_and_loading_are_those_of_the_saved_model(case: Case, tmp_path: Path) -> None:

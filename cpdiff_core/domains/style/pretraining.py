@@ -8,11 +8,12 @@ show the nearest one beside each sample.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from cpdiff_core.artifacts import ResumeState, write_json, write_tensors
 from cpdiff_core.config import RuntimeConfig
@@ -79,11 +80,13 @@ def pretrain(
         x_BCHW = x_NCHW[row_B]
         x_BCHW = torch.where(flip_B.view(-1, 1, 1, 1), x_BCHW.flip(3), x_BCHW)
         target_BCHW = process.get_velocity(x_BCHW, noise_BCHW, t_B)
-        prediction_BCHW = model(
-            process.add_noise(x_BCHW, noise_BCHW, t_B), encoder_hidden_states=captions.states_PTE[caption_B],
-            timestep=t_B, encoder_attention_mask=captions.mask_PT[caption_B],
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-        )[0]  # fmt: skip
+        inputs: dict[str, Any] = {
+            "encoder_hidden_states": captions.states_PTE[caption_B], "encoder_attention_mask": captions.mask_PT[caption_B],
+            "timestep": t_B, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "return_dict": False,
+        }  # fmt: skip
+        weights = computing_weights(model, config.training.precision)
+        noisy_BCHW = process.add_noise(x_BCHW, noise_BCHW, t_B)
+        prediction_BCHW = functional_call(model, weights, (noisy_BCHW,), inputs)[0]
         return F.mse_loss(prediction_BCHW.float(), target_BCHW)
 
     options: dict[str, Any] = {"seed": seed, "device": device, "runtime": runtime, "resume": resume}
@@ -91,6 +94,29 @@ def pretrain(
     for block in model.transformer_blocks:
         block._compiled_call_impl = None  # a compiled block cannot be copied
     return model.eval().requires_grad_(False), losses
+
+
+def computing_weights(model: nn.Module, precision: Literal["float32", "bfloat16"]) -> dict[str, torch.Tensor]:
+    """The weights as the forward pass takes them: bfloat16 as a whole where it computes in that, so that blocks hand on
+    bfloat16 too. Autocast alone leaves gates and scales in float32, and with them every sum of a block."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, weights if precision == "float32" else _Halved.apply(*weights), strict=True))
+
+
+class _Halved(torch.autograd.Function):
+    """Tensors -> their bfloat16 copies, and the gradients back to float32, all in one call each."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+        torch._foreach_copy_(out, list(weights))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        torch._foreach_copy_(out, list(grads))
+        return tuple(out)
 
 
 @torch.no_grad()

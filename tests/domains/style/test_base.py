@@ -32,7 +32,7 @@ from cpdiff_core.domains.style.base import (
     resolve_base,
     spec_of,
 )
-from cpdiff_core.domains.style.pretraining import caption_rows, pretrain, save_base
+from cpdiff_core.domains.style.pretraining import caption_rows, computing_weights, pretrain, save_base
 from cpdiff_core.domains.style.sampling import ImageSamplingConfig, sample_images
 from cpdiff_core.domains.style.stack import build_stack
 from cpdiff_core.domains.style.styles import excerpt, load_images, resolve_style
@@ -65,14 +65,15 @@ def test_tiny_base_has_16_layers_width_lora_parameters_per_rank() -> None:
     assert layout.num_parameters == 16 * 6 * 128 * 4
 
 
-def test_base_learns_four_photographs_and_draws_the_one_that_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_base_learns_four_photographs_and_draws_the_one_that_is_asked_for(tmp_path: Path, precision: str) -> None:
     images = load_images(resolve_style(excerpt("photo"), None), 16)
     first = [images.classes.index(name) for name in ("dog", "guitar", "house", "person")]
     four = images.rows(torch.tensor(first).numpy())
     size = TinyPixArtConfig(sample_size=16, num_layers=2, num_attention_heads=2, attention_head_dim=32)
     config = PretrainedBase(
         size=size, caption_dropout=0.0,
-        training=TrainingConfig(steps=400, batch_size=32, learning_rate=4e-3, ema_decay=0.98),
+        training=TrainingConfig(steps=400, batch_size=32, learning_rate=4e-3, ema_decay=0.98, precision=precision),
     )  # fmt: skip
     classes = caption_rows(four)[0]
     texts = [caption(name, template) for name in classes for template in TEMPLATES]
@@ -91,6 +92,18 @@ def test_base_learns_four_photographs_and_draws_the_one_that_is_asked_for(tmp_pa
     pixels = ImageCodec(base, ROOT, CPU).decode(drawn).float()
     nearest = torch.cdist(pixels.flatten(1), images_flipped.flatten(1)).argmin(1) % 4
     assert nearest.tolist() == [first.index(images.classes.index(name)) for name in classes]
+
+
+def test_bfloat16_weights_are_rounded_ones_whose_gradients_reach_the_float32_ones() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    own = computing_weights(model, "float32")
+    assert all(own[name] is weight for name, weight in model.named_parameters())
+    halved = computing_weights(model, "bfloat16")
+    loss = sum((weight.float() ** 2).sum() for weight in halved.values())
+    loss.backward()
+    for name, weight in model.named_parameters():
+        assert torch.equal(halved[name], weight.bfloat16())
+        assert torch.equal(weight.grad, 2 * weight.bfloat16().float().bfloat16().float())
 
 
 def test_saved_base_gives_the_same_predictions_within_half_precision(tmp_path: Path) -> None:
