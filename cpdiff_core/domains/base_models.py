@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import nn
 
 from cpdiff_core.config import Config, LocalFile, UserError
@@ -115,6 +114,12 @@ class BaseModel(Config):
         return None if found is None else int(found)
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many token ids it has embeddings for; None if its config does not say."""
+        found = self._config.get("vocab_size")
+        return None if found is None else int(found)
+
+    @property
     def num_tokens(self) -> int | None:
         """The longest text that it has positions for; None if its config does not say."""
         positions = self._config.get("max_position_embeddings", self._config.get("n_positions"))
@@ -170,18 +175,29 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
             raise UserError(f"base_model.name {config.name!r}: no such folder; check the path")
         repo_id = NAMES.get(config.name, config.name)
         folder = fetch_from_hub(repo_id, config.revision, (*MODEL_FILES, "*.bin", *TOKENIZER_FILES), "base_model.name")
+    if (folder / "adapter_config.json").is_file():  # transformers would put the adapter into the base unasked
+        raise UserError(
+            f"base_model.name {config.name!r}: is a folder of a PEFT adapter (adapter_config.json); give the model that it "
+            "was trained on, or save that model with the adapter merged (merge_and_unload)"
+        )
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(
             f"base_model.name {config.name!r}: {str(folder)!r} has no config.json; give a folder saved by transformers"
         )
     try:
-        family = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
+        described = json.loads(config_path.read_text(encoding="utf-8"))
+        family = described["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"base_model.name {config.name!r}: {str(config_path)!r} is not a transformers config") from error
     if family not in FAMILIES:
         raise UserError(
             f"base_model.name {config.name!r}: architecture {family!r} is not supported; use one of {', '.join(FAMILIES)}"
+        )
+    if described.get("is_decoder") and FAMILIES[family].pooling == "first":
+        raise UserError(
+            f"base_model.name {config.name!r}: its config.json has is_decoder true, and {family} is read here as an encoder; "
+            "give an encoder, or set is_decoder to false"
         )
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
@@ -194,20 +210,40 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """The base model's fast tokenizer, with a pad token (GPT-2 has none: its end-of-text token is used)."""
+    """The base model's fast tokenizer, with a pad token (GPT-2 has none: its end-of-text token is used).
+
+    Raises UserError if its files make no tokenizer, or it has neither token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(
+            f"base_model.name {base.name!r}: its tokenizer cannot be loaded ({_first_line(error)}); save it into the folder "
+            "with AutoTokenizer's save_pretrained"
+        ) from error
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"base_model.name {base.name!r}: its tokenizer has neither a pad token nor an end-of-text token; "
+                "set pad_token in tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
     """The base model as a sequence classifier in eval mode, and the names of the parameters its checkpoint lacks.
 
     Those parameters are the head: RoBERTa's dense and out_proj, DeBERTa's pooler and classifier, BERT's classifier.
-    They are left at transformers' own initialisation, drawn from a fixed seed.
+    They are left at transformers' own initialisation, drawn from a fixed seed. Raises UserError if the checkpoint
+    cannot be loaded, lacks more than a head, has a classifier of its own, or is not finite.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -221,18 +257,52 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
             torch.manual_seed(0)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(base.folder), num_labels=num_labels, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told by their names below
                 dtype=torch.float32, attn_implementation="eager" if base.family == "deberta" else "sdpa",
             )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"base_model.name {base.name!r}: cannot be loaded ({reason})") from error
+    except Exception as error:  # what a config asks for may need any package, and fail in any way
+        raise UserError(f"base_model.name {base.name!r}: cannot be loaded ({_first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
+    if not isinstance(model.config.pad_token_id, int):
+        raise UserError(
+            f"base_model.name {base.name!r}: its config.json has neither pad_token_id nor eos_token_id as one number; "
+            "add pad_token_id"
+        )
+    missing = tuple(sorted(info["missing_keys"]))
+    _check_checkpoint(base, model, missing, {str(entry[0]): entry[1:] for entry in info["mismatched_keys"]})
     model.requires_grad_(False)
-    return model.eval(), tuple(sorted(info["missing_keys"]))
+    return model.eval(), missing
+
+
+def _check_checkpoint(
+    base: BaseModel, model: nn.Module, missing: tuple[str, ...], mismatched: Mapping[str, Sequence[Any]]
+) -> None:
+    """Raises UserError unless the weights are a whole base without a classifier: what transformers leaves at random
+    values beside the head would be taken for the frozen base."""
+    name, head = f"base_model.name {base.name!r}", FAMILIES[base.family].head
+    of_head, of_classifier = (tuple(f"{part}." for part, _ in parts) for parts in (head, head[-1:]))
+    if lacking := [key for key in missing if not key.startswith(of_head)]:
+        raise UserError(
+            f"{name}: its weights lack {len(lacking)} parameters of the {base.family} that its config.json describes "
+            f"({lacking[0]} is the first); save model and config together with save_pretrained"
+        )
+    if other := [key for key in sorted(mismatched) if not key.startswith(of_head)]:
+        found, wanted = (list(shape) for shape in mismatched[other[0]])
+        raise UserError(
+            f"{name}: its weights do not fit its config.json ({other[0]} has shape {found}, not {wanted}); "
+            "save model and config together with save_pretrained"
+        )
+    if own := [key for key in model.state_dict() if (key.startswith(of_classifier) and key not in missing) or key in mismatched]:
+        raise UserError(
+            f"{name}: has a classifier of its own ({own[0]}), and each task here is given one; save the model without it: "
+            "AutoModel.from_pretrained(folder).save_pretrained(another), and its tokenizer beside it"
+        )
+    if broken := [key for key, value in model.named_parameters() if not bool(torch.isfinite(value).all())]:
+        raise UserError(f"{name}: has weights that are not finite ({broken[0]}); give an undamaged copy")
 
 
 @lru_cache(maxsize=4)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import FAMILY_NAMES, save_model, saved_base
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from cpdiff_core.config import UserError
 from cpdiff_core.domains.base_models import BaseModelConfig, build_classifier, load_tokenizer, resolve_base_model
@@ -65,6 +67,83 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     base = resolve_base_model(BaseModelConfig(name=str(folder)))
     with pytest.raises(UserError, match=r"^base_model.name '.*': cannot be loaded \(.*\)$") as error:
         build_classifier(base, 2)
+    assert "\n" not in str(error.value)
+
+
+def _change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _with_classifier(folder: Path, labels: int) -> None:
+    config = AutoConfig.from_pretrained(folder, num_labels=labels)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+
+
+def _not_finite(folder: Path) -> None:
+    model = AutoModel.from_pretrained(folder)
+    next(model.parameters()).data[3] = float("nan")
+    model.save_pretrained(folder)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "two labels of its own": (lambda folder: _with_classifier(folder, 2), r"has a classifier of its own \(classifier\.weight\)"),
+    "five labels of its own": (lambda folder: _with_classifier(folder, 5), r"has a classifier of its own \(classifier\.weight\)"),
+    "more layers than weights": (
+        lambda folder: _change(folder / "config.json", num_hidden_layers=3), r"its weights lack 16 parameters of the bert",
+    ),
+    "another width": (
+        lambda folder: _change(folder / "config.json", intermediate_size=48),
+        r"do not fit its config.json \(bert.*intermediate.dense.bias has shape \[64\], not \[48\]\)",
+    ),
+    "not finite": (_not_finite, r"weights that are not finite \(bert.embeddings.word_embeddings.weight\)"),
+    "quantised": (
+        lambda folder: _change(
+            folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+        ),
+        r"cannot be loaded \(",
+    ),
+    "no token for padding": (
+        lambda folder: _change(folder / "config.json", pad_token_id=None, eos_token_id=None),
+        r"neither pad_token_id nor eos_token_id",
+    ),
+    "a decoder": (lambda folder: _change(folder / "config.json", is_decoder=True), r"is_decoder true"),
+    "an adapter inside": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'), r"is a folder of a PEFT adapter",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_base_of_which_a_part_would_be_random_or_ignored_is_refused_in_a_line(tmp_path: Path, case: str) -> None:
+    folder = save_model(tmp_path / "model")
+    spoil, message = UNUSABLE[case]
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        build_classifier(resolve_base_model(BaseModelConfig(name=str(folder))), 2)
+    assert str(error.value).startswith(f"base_model.name '{folder}': ")
+    assert "\n" not in str(error.value)
+
+
+def test_base_without_its_classifier_is_taken(tmp_path: Path) -> None:
+    """What the refusal says to do."""
+    folder = save_model(tmp_path / "model")
+    _with_classifier(folder, 5)
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    _, missing = build_classifier(resolve_base_model(BaseModelConfig(name=str(folder))), 2)
+    assert missing == ("classifier.bias", "classifier.weight")
+
+
+def test_tokenizer_that_cannot_be_loaded_or_has_nothing_to_pad_with_is_a_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    for token in ("pad_token", "eos_token"):
+        names.pop(token)
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=r"neither a pad token nor an end-of-text token; set pad_token"):
+        load_tokenizer(resolve_base_model(BaseModelConfig(name=str(folder))))
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded \(.*\); save it") as error:
+        load_tokenizer(resolve_base_model(BaseModelConfig(name=str(folder))))
     assert "\n" not in str(error.value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import write_jsonl
+from tiny import save_model, write_jsonl
 
 from cpdiff_core.config import UserError, fingerprint
 from cpdiff_core.domains.base_models import BaseModelConfig, load_tokenizer, resolve_base_model
@@ -375,3 +375,13 @@ def test_metric_that_is_the_same_whatever_is_predicted_is_told(tmp_path: Path, l
     task = TextTask(name="t", data=data, text_columns=("text",), labels=labels, metrics=metrics, description="A task.")
     lines = remarks(resolve_task(task, tmp_path), SplitConfig(held_out_fraction=0.5))
     assert lines == [f"task 't': all 4 validation labels are the same; {told} there whatever is predicted"] * (told is not None)
+
+
+def test_token_that_the_base_has_no_embedding_of_is_refused(tmp_path: Path, make_task) -> None:
+    folder = save_model(tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["fine"] = 99
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    base = resolve_base_model(BaseModelConfig(name=str(folder)))
+    with pytest.raises(UserError, match=r"gives token id 99, and the model has embeddings of 52 tokens; save both"):
+        tokenize(make_task("fine"), SplitConfig(), "train", base, 32)

@@ -284,7 +284,10 @@ def examples_of(task: ResolvedTask, splits: SplitConfig, split: SplitName) -> Ex
 def tokenize(
     task: ResolvedTask, splits: SplitConfig, split: SplitName, base: BaseModel, max_length: int
 ) -> tuple[TokenizedTexts, NDArray[np.float64]]:
-    """(token ids end to end, labels) of one split, truncated to `max_length` tokens each."""
+    """(token ids end to end, labels) of one split, truncated to `max_length` tokens each.
+
+    Raises UserError for a token that the base model has no embedding of.
+    """
     examples = examples_of(task, splits, split)
     tokenizer = _tokenizer(base)
     columns = list(zip(*examples.texts, strict=True))
@@ -297,6 +300,11 @@ def tokenize(
         torch.from_numpy(np.fromiter(chain.from_iterable(encoded[key]), np.int64, int(lengths.sum())))
         for key in ("input_ids", "token_type_ids")
     )
+    if base.vocabulary is not None and len(ids) and int(ids.max()) >= base.vocabulary:
+        raise UserError(
+            f"base_model.name {base.name!r}: its tokenizer gives token id {int(ids.max())}, and the model has embeddings "
+            f"of {base.vocabulary} tokens; save both together after resize_token_embeddings, or give the tokenizer of this model"
+        )
     return TokenizedTexts(ids, types, torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))), examples.labels
 
 
