@@ -243,7 +243,7 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
 
     Those parameters are the head: RoBERTa's dense and out_proj, DeBERTa's pooler and classifier, BERT's classifier.
     They are left at transformers' own initialisation, drawn from a fixed seed. Raises UserError if the checkpoint
-    cannot be loaded, lacks more than a head, has a classifier of its own, or is not finite.
+    cannot be loaded, lacks more than a head, has a classifier for another number of labels, or is not finite.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -281,10 +281,10 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
 def _check_checkpoint(
     base: BaseModel, model: nn.Module, missing: tuple[str, ...], mismatched: Mapping[str, Sequence[Any]]
 ) -> None:
-    """Raises UserError unless the weights are a whole base without a classifier: what transformers leaves at random
-    values beside the head would be taken for the frozen base."""
-    name, head = f"base_model.name {base.name!r}", FAMILIES[base.family].head
-    of_head, of_classifier = (tuple(f"{part}." for part, _ in parts) for parts in (head, head[-1:]))
+    """Raises UserError unless the weights are a whole base: what transformers leaves at random values beside the head
+    would be taken for the frozen base."""
+    name = f"base_model.name {base.name!r}"
+    of_head = tuple(f"{part}." for part, _ in FAMILIES[base.family].head)
     if lacking := [key for key in missing if not key.startswith(of_head)]:
         raise UserError(
             f"{name}: its weights lack {len(lacking)} parameters of the {base.family} that its config.json describes "
@@ -296,16 +296,25 @@ def _check_checkpoint(
             f"{name}: its weights do not fit its config.json ({other[0]} has shape {found}, not {wanted}); "
             "save model and config together with save_pretrained"
         )
-    if own := [key for key in model.state_dict() if (key.startswith(of_classifier) and key not in missing) or key in mismatched]:
-        raise UserError(
-            f"{name}: has a classifier of its own ({own[0]}), and each task here is given one; save the model without it: "
-            "AutoModel.from_pretrained(folder).save_pretrained(another), and its tokenizer beside it"
-        )
+    if mismatched:
+        raise _own_classifier(base)
     if broken := [key for key, value in model.named_parameters() if not bool(torch.isfinite(value).all())]:
         raise UserError(f"{name}: has weights that are not finite ({broken[0]}); give an undamaged copy")
 
 
+def _own_classifier(base: BaseModel) -> UserError:
+    last = FAMILIES[base.family].head[-1][0]
+    return UserError(
+        f"base_model.name {base.name!r}: has a classifier of its own ({last}.weight), and each task here is given one; save the "
+        "model without it: AutoModel.from_pretrained(folder).save_pretrained(another), and its tokenizer beside it"
+    )
+
+
 @lru_cache(maxsize=4)
 def cached_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
-    """`build_classifier`, kept in memory. Callers must not change the model that they get; copy it first."""
-    return build_classifier(base, num_labels)
+    """`build_classifier` of a base whose classifier is to be made, kept in memory. Callers must not change the model that
+    they get; copy it first. Raises UserError if the base has one already."""
+    model, missing = build_classifier(base, num_labels)
+    if f"{FAMILIES[base.family].head[-1][0]}.weight" not in missing:
+        raise _own_classifier(base)
+    return model, missing

@@ -13,7 +13,13 @@ from tiny import FAMILY_NAMES, save_model, saved_base
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from cpdiff_core.config import UserError
-from cpdiff_core.domains.base_models import BaseModelConfig, build_classifier, load_tokenizer, resolve_base_model
+from cpdiff_core.domains.base_models import (
+    BaseModelConfig,
+    build_classifier,
+    cached_classifier,
+    load_tokenizer,
+    resolve_base_model,
+)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -119,7 +125,7 @@ def test_base_of_which_a_part_would_be_random_or_ignored_is_refused_in_a_line(tm
     spoil, message = UNUSABLE[case]
     spoil(folder)
     with pytest.raises(UserError, match=message) as error:
-        build_classifier(resolve_base_model(BaseModelConfig(name=str(folder))), 2)
+        cached_classifier(resolve_base_model(BaseModelConfig(name=str(folder))), 2)
     assert str(error.value).startswith(f"base_model.name '{folder}': ")
     assert "\n" not in str(error.value)
 

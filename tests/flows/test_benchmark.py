@@ -30,7 +30,7 @@ def test_styles_are_measured_beside_the_plain_loop(artifact_root: Path) -> None:
     path = Path(run_benchmarks(("style",), steps=5, runtime=RuntimeConfig(device="cpu", progress=False)))
     rows = pd.read_csv(path).set_index("work")
     compared = rows[rows.ratio.notna()]
-    assert [name.rsplit(", ", 1)[-1] for name in compared.index] == ["stacked", "stacked"]
-    assert set(compared.reference_name) == {"one after another through PEFT"}
+    assert [name.rsplit(", ", 1)[-1] for name in compared.index] == ["eager", "stacked", "stacked"]
+    assert list(compared.reference_name) == ["plain loop by diffusers", *["one after another through PEFT"] * 2]
     assert (compared.ratio == compared.reference / compared.ours).all()
     assert ((rows.rate_share[1:] > 0) & (rows.rate_share[1:] < 1)).all()
