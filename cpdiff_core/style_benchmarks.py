@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from cpdiff_core.measure import Measurement, seconds, synchronize
 from cpdiff_core.style_experiments import BASE_32, BASE_64, QUICKSTART_STYLE
 
 LORA = LoraSpec(rank=4, lora_alpha=4.0)
+_Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Captions]
 STACKED = (("stacked", False), ("stacked, compiled", True))
 
 
@@ -123,31 +125,51 @@ def _base(bench: StyleBench, steps: int) -> list[Measurement]:
 
 
 def _plain_base(bench: StyleBench, training: TrainingConfig, steps: int) -> float:
-    """Seconds of a step of pretraining as it is usually written: autocast, fused AdamW, an averaged model."""
+    """Seconds of a step of pretraining by diffusers: random draws, and the average of the weights."""
     model: Any = bench.config.size.build().to(bench.device)
     average = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=bench.gpu)
     images, captions = to_model_range(bench.photos.images_NCHW).to(bench.device), bench.captions.to(bench.device)
     process = build_scheduler(spec_of(bench.base, bench.folder).process, "ddpm")
     process.alphas_cumprod = process.alphas_cumprod.to(bench.device)
-    begin, warmup, size = 0.0, 2, training.batch_size
+    size = training.batch_size
+
+    def drawn(step: int) -> _Drawn:
+        x_BCHW = images[torch.randint(len(images), (size,), device=bench.device)]
+        t_B = torch.randint(len(process.alphas_cumprod), (size,), device=bench.device)
+        noise_BCHW = torch.randn_like(x_BCHW)
+        return x_BCHW, t_B, noise_BCHW, captions.rows(torch.randint(len(captions.mask_PT), (size,), device=bench.device))
+
+    def averaged() -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(model.parameters()), 1 - (training.ema_decay or 0.0))
+
+    return _plain_training(bench, model, process, drawn, steps, training.learning_rate, training.max_grad_norm, averaged)
+
+
+def _plain_training(
+    bench: StyleBench, model: Any, process: Any, drawn: Callable[[int], _Drawn],
+    steps: int, learning_rate: float, max_grad_norm: float, after: Callable[[], None] = lambda: None,
+) -> float:  # fmt: skip
+    """Seconds of a step of training as it is usually written: autocast, fused AdamW, clipping, then `after`.
+
+    drawn: (images, their times, the noise, the captions) of a step.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=bench.gpu)
+    begin, warmup = 0.0, 2
     for step in range(steps + warmup):
         if step == warmup:
             synchronize(bench.device)
             begin = time.perf_counter()
-        x_BCHW = images[torch.randint(len(images), (size,), device=bench.device)]
-        t_B = torch.randint(len(process.alphas_cumprod), (size,), device=bench.device)
-        noise_BCHW = torch.randn_like(x_BCHW)
-        rows = captions.rows(torch.randint(len(captions.mask_PT), (size,), device=bench.device))
+        x_BCHW, t_B, noise_BCHW, captions = drawn(step)
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-            out = _plain(model, process.add_noise(x_BCHW, noise_BCHW, t_B), t_B, rows)
+            out = _plain(model, process.add_noise(x_BCHW, noise_BCHW, t_B), t_B, captions)
         loss = nn.functional.mse_loss(out.float(), process.get_velocity(x_BCHW, noise_BCHW, t_B))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, list(model.parameters()), 1 - (training.ema_decay or 0.0))
+        after()
     synchronize(bench.device)
     return (time.perf_counter() - begin) / steps
 
@@ -175,30 +197,21 @@ def _lora(bench: StyleBench, steps: int) -> list[Measurement]:
 
 
 def _plain_lora(bench: StyleBench, run: StyleHarvestConfig, steps: int) -> float:
-    """Seconds of a step on one style by diffusers and PEFT: autocast, the same images and noise."""
+    """Seconds of a step on one style by diffusers and PEFT: the same images and noise as ours."""
     tuning = StyleFineTuning([run], bench.folder, bench.runtime)
-    data, process = tuning.data, tuning.data.process
+    data = tuning.data
     model: Any = adapt(load_transformer(bench.base, bench.folder), LORA, TARGET_MODULES, 0)
     model.to(bench.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.fine_tune.learning_rate, fused=bench.gpu)
-    captions, begin, warmup = data.captions.to(bench.device), 0.0, 2
-    for step in range(steps + warmup):
-        if step == warmup:
-            synchronize(bench.device)
-            begin = time.perf_counter()
+    captions = data.captions.to(bench.device)
+
+    def drawn(step: int) -> _Drawn:
         rows, flips, times, noise, _ = tuning.inputs_of(step)
         images = to_model_range(data.images[rows])
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-            out = _plain(model, process.add_noise(images, noise, times), times, captions.rows(data.caption_of[rows]))
-        loss = nn.functional.mse_loss(out.float(), process.get_velocity(images, noise, times))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, run.fine_tune.max_grad_norm)
-        optimizer.step()
-    synchronize(bench.device)
-    return (time.perf_counter() - begin) / steps
+        return images, times, noise, captions.rows(data.caption_of[rows])
+
+    fine_tune = run.fine_tune
+    return _plain_training(bench, model, data.process, drawn, steps, fine_tune.learning_rate, fine_tune.max_grad_norm)
 
 
 def _plain(model: Any, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> torch.Tensor:

@@ -247,8 +247,9 @@ def generate_adapters_form(
         num_threads: CPU threads of the run.
     """
     name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
-    out = confinement.named_folder(confinement.worker_root() / "adapters", "name", name)
-    source = confinement.generator(confinement.worker_root() / "generators", generator, GENERATING)
+    root = confinement.worker_root()
+    out = confinement.named_folder(root / "adapters", "name", name)
+    source = confinement.generator(root / "generators", generator, GENERATING)
     files = {
         field: str(confinement.data_file(f"request.{field}", value))
         for field in ("select", "few")

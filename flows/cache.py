@@ -54,13 +54,13 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def list_stored(root: Root = None) -> None:
     """Experiments with a report: artifacts, size, size that no other experiment shares, and age."""
     _, stored = _survey(root)
-    from tasks.inventory import REPORT_STAGES, TABLE_STAGE, experiments
+    from tasks.inventory import NAMED_STAGES, experiments
 
     owned = experiments(stored)
     times = Counter(key for keys in owned.values() for key in keys)
     rows = []
     for name, keys in sorted(owned.items()):
-        reports = [stored[key] for key in keys if stored[key].stage in {*REPORT_STAGES, TABLE_STAGE}]
+        reports = [stored[key] for key in keys if stored[key].stage in NAMED_STAGES]
         alone = sum(stored[key].num_bytes for key in keys if times[key] == 1)
         written = datetime.fromtimestamp(max(report.written for report in reports)).strftime("%Y-%m-%d %H:%M")
         total = sum(stored[key].num_bytes for key in keys)

@@ -24,6 +24,8 @@ from tasks.stage import SCRATCH_PREFIX
 
 REPORT_STAGES = frozenset({"report", "style_report"})
 TABLE_STAGE = "table"
+NAMED_STAGES = REPORT_STAGES | {TABLE_STAGE}
+"""Whose artifacts bear the name of an experiment or table."""
 SELECTION_STAGES = frozenset({"score_selection", "score_style_selection"})
 TIMED = ("report.html", "facts.json")
 NO_STAGES = frozenset({"adapters", "benchmarks", "generators", "reruns", "tensorboard"})
@@ -119,7 +121,7 @@ def experiments(stored: Mapping[str, Stored]) -> dict[str, set[str]]:
     own keys, for what it was made from belongs to its rows."""
     owned: dict[str, set[str]] = {}
     for key, item in stored.items():
-        if item.stage in {*REPORT_STAGES, TABLE_STAGE} and item.complete and item.name is not None:
+        if item.stage in NAMED_STAGES and item.complete and item.name is not None:
             owned.setdefault(item.name, set()).update({key} if item.stage == TABLE_STAGE else behind(stored, key))
     for key, item in stored.items():
         if item.stage in SELECTION_STAGES and item.inputs:

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from httpx import ReadTimeout
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cpdiff_core.config import UserError
@@ -66,3 +68,10 @@ def test_server_that_lets_nobody_in_a_wrong_path_and_a_dead_port_are_a_line(lock
         start()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_server_that_sends_nothing_is_a_line_although_its_fault_has_no_words(monkeypatch) -> None:
+    monkeypatch.setattr(SyncPrefectClient, "api_healthcheck", lambda self: ReadTimeout(""))
+    url = "http://127.0.0.1:9/api"
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(UserError, match=r"no Prefect server answers \(ReadTimeout\)"):
+        startup.check_users_server()
