@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from cpdiff_core.artifacts import MANIFEST, read_json, read_tensors, seal, sha256_of, write_json, write_tensors
-from cpdiff_core.cards import GeneratorCard, TaskCard
+from cpdiff_core.cards import GeneratorCard
 from cpdiff_core.config import UserError
 from cpdiff_core.generator.autoencoder import AutoencoderConfig, ParameterAutoencoder
 from cpdiff_core.generator.conditions import (
@@ -118,30 +118,12 @@ class Generator:
         examples gets the run's own held-out prompt. Raises UserError for what this generator's condition cannot take.
         """
         config = self.card.condition
-        known = self.card.task(task) if task is not None else self._described_by(description)
-        given = description if description is not None else known.description if known and examples else None
-        where = f"generator {self.card.name!r}: its condition is {config.kind}"
-        for text in (*([] if description is None else [description]), *examples):
-            check_text(text)
-        if isinstance(config, StyleImageCondition):
-            raise UserError(f"{where}, which reads pictures; this command makes adapters for text models")
-        if isinstance(config, OneHotCondition | LearnedCondition) and (known is None or examples):
-            raise UserError(f"{where}, which knows no texts; give --task with one of {', '.join(self.card.task_names)}")
-        if known is not None and not examples and (description is None or known == self._described_by(description)):
+        known, own = task_meant(self.card.name, config, self.card.tasks, description, examples, task)
+        if known is not None and own:
             row = self.card.task_names.index(known.name)
             return Condition(self.y_QE[row : row + 1], known.name, known.prompt)
-        assert not isinstance(config, OneHotCondition | LearnedCondition)
-        if isinstance(config, TaskInfoCondition) and examples:
-            raise UserError(f"{where}, a description alone; leave --example out")
-        if known is None and not examples and description is None:
-            raise UserError(
-                f"generator {self.card.name!r}: nothing says what the adapters are for; give --task with one of "
-                f"{', '.join(self.card.task_names)}, or --task-info, the task in words"
-            )
-        if not isinstance(config, TaskInfoCondition) and not examples:
-            raise UserError(f"{where}; give --example {config.num_examples} times, each as 'text -> answer'")
-        if not isinstance(config, FewShotCondition) and given is None:
-            raise UserError(f"{where}; give --task-info, the task in words")
+        assert not isinstance(config, OneHotCondition | LearnedCondition | StyleImageCondition)
+        given = description if description is not None or known is None else known.description
         text = build_prompt(config.encoder, None if isinstance(config, FewShotCondition) else given, examples)
         return Condition(encode_texts(config.encoder, [text]), known.name if known else None, text)
 
@@ -173,9 +155,60 @@ class Generator:
         similarity_Q = torch.cosine_similarity(condition.y_1E.cpu() - center_E, self.y_QE - center_E)
         return self.card.tasks[int(similarity_Q.argmax())].name
 
-    def _described_by(self, description: str | None) -> TaskCard | None:
-        wanted = " ".join((description or "").split()).casefold()
-        return next((card for card in self.card.tasks if " ".join(card.description.split()).casefold() == wanted), None)
+
+class Described(Protocol):
+    """A training task, of a generator's card or of the experiment that is to make one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+
+
+Task = TypeVar("Task", bound=Described)
+
+
+def task_meant(
+    generator: str, config: ConditionConfig, tasks: Sequence[Task], description: str | None, examples: Sequence[str],
+    task: str | None,
+) -> tuple[Task | None, bool]:  # fmt: skip
+    """(the training task that is meant, or None for one never seen; whether with the run's own prompt). Needs no generator.
+
+    Raises UserError for what a condition of this kind cannot take.
+    """
+    names = ", ".join(item.name for item in tasks)
+    where = f"generator {generator!r}: its condition is {config.kind}"
+    words = None if description is None else _plain(description)
+    described = next((item for item in tasks if _plain(item.description) == words), None)
+    known = described if task is None else next((item for item in tasks if item.name == task), None)
+    if task is not None and known is None:
+        raise UserError(f"task {task!r}: is not among this generator's tasks: {names}")
+    for text in (*([] if description is None else [description]), *examples):
+        check_text(text)
+    if isinstance(config, StyleImageCondition):
+        raise UserError(f"{where}, which reads pictures; this command makes adapters for text models")
+    if isinstance(config, OneHotCondition | LearnedCondition) and (known is None or examples):
+        raise UserError(f"{where}, which knows no texts; give --task with one of {names}")
+    if known is not None and not examples and (description is None or known is described):
+        return known, True
+    if isinstance(config, TaskInfoCondition) and examples:
+        raise UserError(f"{where}, a description alone; leave --example out")
+    if known is None and not examples and description is None:
+        raise UserError(
+            f"generator {generator!r}: nothing says what the adapters are for; give --task with one of {names}, or "
+            "--task-info, the task in words"
+        )
+    if isinstance(config, OneHotCondition | LearnedCondition):
+        raise UserError(f"{where}, which knows no texts; leave --task-info out")
+    if not isinstance(config, TaskInfoCondition) and not examples:
+        raise UserError(f"{where}; give --example {config.num_examples} times, each as 'text -> answer'")
+    if not isinstance(config, FewShotCondition) and description is None and known is None:
+        raise UserError(f"{where}; give --task-info, the task in words")
+    return known, False
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def pooled(normalizer: Normalizer) -> Normalizer:

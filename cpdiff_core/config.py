@@ -21,6 +21,10 @@ from pydantic_core import CoreSchema
 
 _ALTERNATIVES = {"null": "none", "string": "a text", "integer": "a number", "number": "a number", "array": "a list"}
 
+MAX_CANDIDATES = 10_000
+MAX_THREADS = 1_024
+"""More than these is a slip of the finger, which memory would tell late and not in a line."""
+
 
 class UserError(ValueError):
     """A fault that the user can mend. The message is one line: the field, its value and the remedy."""
@@ -106,7 +110,7 @@ class RuntimeConfig(Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:<index>. auto takes a GPU if there is one.")
     data_dir: str | None = Field(None, description="Folder that relative data paths and glue/<task>/ start from.")
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads of one process; None: torch's choice, at most 8 beside a GPU."
+        None, ge=1, le=MAX_THREADS, description="CPU threads of one process; None: torch's choice, at most 8 beside a GPU."
     )
     adapters_per_batch: int | None = Field(
         None, ge=1, description="LoRA adapters trained or scored in one forward pass; None chooses by memory."

@@ -9,19 +9,21 @@ nothing can be made of an adapter, so the request is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from cpdiff_core.artifacts import check_out, write_json
-from cpdiff_core.bundle import Candidates, Condition, Generator
-from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.bundle import Candidates, Condition, Described, Generator, task_meant
+from cpdiff_core.config import MAX_CANDIDATES, Config, RuntimeConfig, UserError
 from cpdiff_core.domains.glue.data import ResolvedTask, resolve_task
 from cpdiff_core.domains.glue.metrics import MetricName
 from cpdiff_core.domains.glue.stacks import Head
 from cpdiff_core.domains.glue.text_tasks import FileData, TextTask
 from cpdiff_core.export import AdapterFacts, data_terms, nearest_adapter, write_merged, write_peft_folder
+from cpdiff_core.generator.conditions import ConditionConfig
 from cpdiff_core.judging import Judgement, choose_on_data, compare_unseen
 
 SUMMARY = "generation.json"
@@ -34,7 +36,8 @@ class AdapterRequest(Config):
     task_info: str | None = Field(None, description="The task in words; for a training task in place of its own.")
     examples: tuple[str, ...] = Field((), description="Examples for the condition, each 'text -> answer'.")
     num: int = Field(
-        20, ge=1, description="Candidates M (paper: 20). As many as in the generator's own run come with its scores and choice."
+        20, ge=1, le=MAX_CANDIDATES,
+        description="Candidates M (paper: 20). As many as in the generator's own run come with its scores and choice.",
     )
     seed: int | None = Field(None, ge=0, description="Of the noise; the seed of the generator's own run if None.")
     select: str | None = Field(
@@ -86,6 +89,19 @@ def deliver(generator: Generator, request: AdapterRequest, out: Path, runtime: R
     return _lines(candidates, scored, folders, request.merge, out)
 
 
+def check_request(generator: str, config: ConditionConfig, tasks: Sequence[Described], request: AdapterRequest) -> None:
+    """What can be told of a request to a generator that may still have to be computed, for hours. Raises UserError.
+
+    generator, config, tasks: its name, its condition and the tasks that it is trained on.
+    """
+    known, _ = task_meant(generator, config, tasks, request.task_info, request.examples, request.task)
+    if known is not None:
+        _check_known(known.name, request)
+    else:
+        names = ", ".join(item.name for item in tasks)
+        _check_unseen(request, f"the known tasks are {names}; if you mean one of them, name it with --task")
+
+
 def _is_own(generator: Generator, condition: Condition, request: AdapterRequest) -> bool:
     """Whether the request gives the very candidates of the run, whose scores and choice the card knows."""
     if condition.task is None:
@@ -101,11 +117,7 @@ def _known(
     generator: Generator, condition: Condition, request: AdapterRequest
 ) -> tuple[ResolvedTask | None, Head | None]:
     assert condition.task is not None
-    if request.few or request.labels or request.regression:
-        raise UserError(
-            f"--few, --labels, --regression: the generator knows {condition.task!r} and its head; use --select to "
-            "choose on your data"
-        )
+    _check_known(condition.task, request)
     if not request.select:
         return None, generator.heads.get(condition.task)
     if condition.task not in generator.heads:
@@ -122,6 +134,25 @@ def _known(
     return resolve_task(task, None), generator.heads[condition.task]
 
 
+def _check_known(task: str, request: AdapterRequest) -> None:
+    if request.few or request.labels or request.regression:
+        raise UserError(
+            f"--few, --labels, --regression: the generator knows {task!r} and its head; use --select to choose on your data"
+        )
+
+
+def _check_unseen(request: AdapterRequest, hint: str) -> None:
+    if not request.few or not (request.labels or request.regression):
+        raise UserError(
+            "task never seen: no head fits it and nothing tells whether its adapters are any good, so a few labelled "
+            f"examples are needed: --few DATA with --labels a,b (or --regression); {hint}"
+        )
+    if request.labels and request.regression:
+        raise UserError("--labels and --regression: give one of the two")
+    if request.select:
+        raise UserError("--select: is for tasks that the generator knows; for a task never seen --few serves for both")
+
+
 def _wrong_columns(error: ValidationError) -> UserError:
     fault = error.errors()[0]
     field = ".".join(map(str, fault["loc"]))
@@ -132,16 +163,7 @@ def _wrong_columns(error: ValidationError) -> UserError:
 def _unseen(generator: Generator, condition: Condition, request: AdapterRequest) -> ResolvedTask:
     """The unseen task on the few examples, or the refusal with its reasons."""
     nearest = generator.nearest_task(condition)
-    if not request.few or not (request.labels or request.regression):
-        raise UserError(
-            "task never seen: no head fits it and nothing tells whether its adapters are any good, so a few labelled "
-            "examples are needed: --few DATA with --labels a,b (or --regression); the nearest known task is "
-            f"{nearest!r}, if you mean that, give --task {nearest}"
-        )
-    if request.labels and request.regression:
-        raise UserError("--labels and --regression: give one of the two")
-    if request.select:
-        raise UserError("--select: is for tasks that the generator knows; for a task never seen --few serves for both")
+    _check_unseen(request, f"the nearest known task is {nearest!r}, if you mean that, give --task {nearest}")
     metric: MetricName = "spearmanr" if request.regression else "accuracy"
     try:
         task = TextTask(

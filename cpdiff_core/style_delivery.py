@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from cpdiff_core.artifacts import check_out, write_json
-from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.config import MAX_CANDIDATES, Config, RuntimeConfig, UserError
 from cpdiff_core.delivery import SUMMARY
 from cpdiff_core.domains.glue.stacks import device_of
 from cpdiff_core.domains.style.base import ImageCodec, StyleBase, spec_of
@@ -44,7 +44,7 @@ class StyleRequest(Config):
 
     style_image: str | None = Field(None, description="An image file of a style.")
     task: str | None = Field(None, description="A training style by name, instead.")
-    num: int = Field(20, ge=1, description="Candidates M (paper: unstated for styles; 20 as for texts).")
+    num: int = Field(20, ge=1, le=MAX_CANDIDATES, description="Candidates M (paper: unstated for styles; 20 as for texts).")
     seed: int | None = Field(None, ge=0, description="Of the noise; the seed of the generator's own run if None.")
     select: str | None = Field(None, description="Folder of images of the style, on which the best candidate is chosen.")
     merge: bool = Field(False, description="Also write the transformer with the chosen adapter merged into it.")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import MAX_CANDIDATES, RuntimeConfig, UserError
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
 from flows.startup import begin, embedded, portable, resumable, runtime_of
+
+if TYPE_CHECKING:
+    from cpdiff_core.delivery import AdapterRequest
 
 GeneratorName = Annotated[
     str, typer.Argument(help="builtin/NAME, a generator folder, or an experiment (name or .json), run first if need be.")
@@ -29,7 +32,7 @@ def generate(
     example: Annotated[list[str] | None, typer.Option(help="An example, 'text -> answer'; may be repeated.")] = None,
     task: Annotated[str | None, typer.Option(help="A task or style that the generator knows, by name.")] = None,
     style_image: Annotated[str | None, typer.Option(help="An image of a style, for a generator of styles.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Candidates.")] = 20,
+    num: Annotated[int, typer.Option(min=1, max=MAX_CANDIDATES, help="Candidates.")] = 20,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; the generator's own if not given.")] = None,
     select: Annotated[
         str | None, typer.Option(help="CSV, JSON lines or Parquet file, or folder of images of the style, to choose on.")
@@ -48,8 +51,18 @@ def generate(
     where there is data."""
     _check_out(out)
     runtime = runtime_of(device, data_dir, threads, progress=not quiet)
-    folder = _folder_of(generator, runtime, root)
-    from cpdiff_core.delivery import AdapterRequest, deliver
+
+    def of_texts() -> AdapterRequest:
+        from cpdiff_core.delivery import AdapterRequest
+
+        return AdapterRequest(
+            task_info=task_info, examples=tuple(example or ()), task=task, num=num, seed=seed, select=select, few=few,
+            labels=_split(labels), regression=regression, text_columns=_split(text_columns), label_column=label_column,
+            merge=merge, base=base,
+        )  # fmt: skip
+
+    folder = _folder_of(generator, runtime, root, of_texts)
+    from cpdiff_core.delivery import deliver
     from cpdiff_core.domains.glue.stacks import device_of
     from cpdiff_core.generators import load_generator
     from cpdiff_core.style_bundle import StyleGenerator
@@ -70,12 +83,7 @@ def generate(
         return
     if style_image:
         raise UserError(f"--style-image: {generator!r} makes adapters for texts; give it --task-info")
-    request = AdapterRequest(
-        task_info=task_info, examples=tuple(example or ()), task=task, num=num, seed=seed, select=select, few=few,
-        labels=_split(labels), regression=regression, text_columns=_split(text_columns), label_column=label_column,
-        merge=merge, base=base,
-    )  # fmt: skip
-    for line in deliver(loaded, request, out, runtime):
+    for line in deliver(loaded, of_texts(), out, runtime):
         typer.echo(line)
 
 
@@ -212,15 +220,17 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _folder_of(generator: str, runtime: RuntimeConfig, root: Path | None) -> str:
-    """A generator's folder: given as such, or an experiment's, which a flow bundles."""
+def _folder_of(
+    generator: str, runtime: RuntimeConfig, root: Path | None, request: Callable[[], AdapterRequest] | None = None
+) -> str:
+    """A generator's folder: given as such, or an experiment's, which a flow bundles if that can give what is asked for."""
     if portable(generator):
         return generator
 
     def bundle() -> str:
         from flows.generate import generator_folder
 
-        return generator_folder(generator, runtime)
+        return generator_folder(generator, runtime, request() if request else None)
 
     return with_root(root, embedded(generator), bundle)
 

@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 from torch import nn
 
 from cpdiff_core.artifacts import ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import Config, RuntimeConfig, UserError
+from cpdiff_core.config import MAX_CANDIDATES, Config, RuntimeConfig, UserError
 from cpdiff_core.generator.conditions import ConditionConfig, ConditionProjection
 from cpdiff_core.generator.training import TrainingConfig, generator_for, train
 from cpdiff_core.generator.unet1d import UNet1d, UNetConfig
@@ -58,7 +58,7 @@ class SamplingConfig(Config):
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance; 1 is off (ours).")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's share of fresh noise: 0 deterministic, 1 as DDPM.")
     temperature: float = Field(1.0, ge=0, description="Factor on the initial noise; 1 is the model's own (ours).")
-    num_candidates: int = Field(20, ge=1, description="M (paper).")
+    num_candidates: int = Field(20, ge=1, le=MAX_CANDIDATES, description="M (paper).")
 
 
 class LatentDiffusion(nn.Module):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from sklearn.linear_model import LogisticRegression
 from tiny import sentences, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cpdiff_core.bundle import Generator
+from cpdiff_core.bundle import Generator, task_meant
 from cpdiff_core.config import UserError
 from cpdiff_core.delivery import AdapterRequest, deliver
+from cpdiff_core.generator.conditions import OneHotCondition
 from cpdiff_core.generators import copy_generator
 from flows.generate import generate_adapters, generator_folder
 from tasks.report import tally
@@ -32,6 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts, labels = sentences(24, seed=77)
     rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
     return write_jsonl(tmp_path_factory.mktemp("users") / "mine.jsonl", rows)
+
+
+class TaskWords(NamedTuple):
+    name: str
+    description: str
 
 
 def request(bundled, **values) -> AdapterRequest:
@@ -180,3 +187,30 @@ def test_generator_of_an_experiment_comes_from_the_cache(bundled, tmp_path: Path
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: bundled.root}):
         assert Path(generator_folder(str(config), runtime)) == bundled.folder
     assert tally()["computed"] == before["computed"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "sst2"}, "task 'sst2': is not among this generator's tasks: left, right"),
+        ({}, "nothing says what the adapters are for; give --task with one of left, right"),
+        ({"task_info": "Find the mood."}, "give --example 2 times"),
+        ({"task_info": "Find it.", "examples": EXAMPLES}, r"--few DATA with --labels.*the known tasks are left, right"),
+        ({"task": "left", "labels": ("a", "b")}, "use --select to choose"),
+    ],
+)
+def test_a_request_that_an_experiment_cannot_serve_is_refused_before_anything_is_computed(
+    bundled, tmp_path, artifact_root, values, message
+) -> None:
+    (tmp_path / "new.json").write_text(bundled.experiment.model_dump_json())
+    before, runtime = tally(), bundled.runtime.model_copy(update={"data_dir": str(bundled.data)})
+    with pytest.raises(UserError, match=message):
+        generator_folder(str(tmp_path / "new.json"), runtime, request(bundled, **values))
+    assert tally() == before
+
+
+def test_a_condition_that_knows_no_texts_takes_no_other_words_for_a_task() -> None:
+    tasks = [TaskWords("left", "The left."), TaskWords("right", "The right.")]
+    assert task_meant("g", OneHotCondition(), tasks, "the  LEFT.", (), "left") == (tasks[0], True)
+    with pytest.raises(UserError, match="knows no texts; leave --task-info out"):
+        task_meant("g", OneHotCondition(), tasks, "Something else.", (), "left")
