@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cpdiff_core.config import RuntimeConfig, UserError
 from cpdiff_core.experiment_config import ExperimentConfig
+from flows.startup import checked_device
 from tasks.environment import ROOT_VARIABLE, check_root, chosen_settings, root
 
 DATA_VARIABLE = "CPDIFF_DATA_DIR"
@@ -47,10 +48,11 @@ def _check_absolute(variable: str, value: str) -> None:
 
 
 def runtime(device: str, num_threads: int | None) -> RuntimeConfig:
-    """How a run that was started from a form is computed. Raises UserError for a root that cannot be used."""
+    """How a run that was started from a form is computed. Raises UserError for a root that cannot be used or a device that
+    is not there."""
     worker_root()
     folder = data_dir()
-    return RuntimeConfig(device=device, num_threads=num_threads, data_dir=str(folder) if folder else None)
+    return RuntimeConfig(device=checked_device(device), num_threads=num_threads, data_dir=str(folder) if folder else None)
 
 
 def named_folder(parent: Path, field: str, name: str) -> Path:
@@ -62,13 +64,19 @@ def named_folder(parent: Path, field: str, name: str) -> Path:
 
 
 def data_file(field: str, name: str) -> Path:
-    """A file below the data folder. Raises UserError if there is no data folder or the file lies outside."""
+    """A file below the data folder. Raises UserError if there is no data folder, the file lies outside, or is none."""
     folder = data_dir()
     if folder is None:
         raise UserError(f"{field} {name!r}: this worker offers no files; set {DATA_VARIABLE} where it runs")
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder):
+    try:
+        below, is_file = path.resolve().is_relative_to(folder), path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        below, is_file = True, False
+    if Path(name).is_absolute() or not below:
         raise UserError(f"{field} {name!r}: must lie below {DATA_VARIABLE} of the worker; give a path relative to it")
+    if not is_file:
+        raise UserError(f"{field} {name[:200]!r}: is no file below {DATA_VARIABLE} of the worker, {str(folder)!r}")
     return path
 
 

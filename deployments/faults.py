@@ -20,6 +20,7 @@ _SETTINGS = {
     "data-dir": "CPDIFF_DATA_DIR of the worker",
     "root": "PREFECT_LOCAL_STORAGE_PATH of the worker",
     "out": "name",
+    "example": "examples",
     "seeds": "num_seeds",
     "threads": "num_threads",
 }

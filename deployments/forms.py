@@ -16,7 +16,7 @@ from prefect.states import Completed
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from cpdiff_core.benchmarks import ALL_PARTS, Part
-from cpdiff_core.config import UserError
+from cpdiff_core.config import MAX_THREADS, UserError
 from cpdiff_core.delivery import AdapterRequest
 from cpdiff_core.experiments import EXPERIMENTS, BaseName, ExperimentConfig, TableName, experiment
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS, StyleExperimentConfig
@@ -62,8 +62,8 @@ GENERATING = tuple(name for name, item in EXPERIMENTS.items() if item.blocks is 
 OfExperiment = Annotated[Literal[GENERATING], Field(title="of an experiment")]  # type: ignore[valid-type]
 Kept = Annotated[str, Field(title="builtin or a folder", min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
-Threads = Annotated[int, Field(ge=1, title="a number")] | Annotated[None, Field(title="torch's choice")]
-Steps = Annotated[int, Field(ge=5, title="a number")] | Annotated[None, Field(title="100 on a GPU, 10 on a CPU")]
+Threads = Annotated[int, Field(ge=1, le=MAX_THREADS, title="a number")] | Annotated[None, Field(title="torch's choice")]
+Steps = Annotated[int, Field(ge=5, le=100_000, title="a number")] | Annotated[None, Field(title="100 on a GPU, 10 on a CPU")]
 
 FLOW_OPTIONS: dict[str, Any] = {"persist_result": False}
 show_one_line()
@@ -246,10 +246,10 @@ def generate_adapters_form(
         device: Where to compute. auto takes a GPU if the worker has one.
         num_threads: CPU threads of the run.
     """
-    name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
     root = confinement.worker_root()
-    out = confinement.named_folder(root / "adapters", "name", name)
     source = confinement.generator(root / "generators", generator, GENERATING)
+    name = name or f"{generator.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
+    out = confinement.named_folder(root / "adapters", "name", name)
     files = {
         field: str(confinement.data_file(f"request.{field}", value))
         for field in ("select", "few")

@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from cpdiff_core.config import UserError
 from cpdiff_core.experiments import QUICKSTART
-from deployments.confinement import check_experiment, check_model, data_dir, data_file, generator, named_folder, worker_root
+from deployments.confinement import (
+    check_experiment,
+    check_model,
+    data_dir,
+    data_file,
+    generator,
+    named_folder,
+    runtime,
+    worker_root,
+)
 from tasks.environment import ROOT_VARIABLE
 
 
@@ -44,10 +54,28 @@ def test_files_outside_the_data_folder_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("CPDIFF_DATA_DIR", str(data))
     with pytest.raises(UserError, match="must lie below CPDIFF_DATA_DIR"):
         data_file("request.select", name)
+    (data / "sub").mkdir()
+    (data / "sub/mine.csv").touch()
     assert data_file("request.select", "sub/mine.csv") == data / "sub/mine.csv"
     monkeypatch.delenv("CPDIFF_DATA_DIR")
     with pytest.raises(UserError, match="offers no files"):
         data_file("request.select", "mine.csv")
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "", ".", "ü/ü", "a\0b", "a" * 5000])
+def test_files_that_are_not_there_are_told_with_their_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("CPDIFF_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"^request\.few .*is no file below CPDIFF_DATA_DIR of the worker, '/.*'$"):
+        data_file("request.few", name)
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
+        assert runtime("cpu", 2).device == "cpu"
+        with pytest.raises(UserError, match=r"--device 'cuda': torch sees no CUDA device here; use cpu"):
+            runtime("cuda", None)
 
 
 @pytest.mark.parametrize("name", ["/models/mine", "../mine", "a/b/c", "~/mine", ".", "tests"])
@@ -72,6 +100,7 @@ def test_whole_configurations_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("CPDIFF_DATA_DIR", str(tmp_path))
     check_experiment(QUICKSTART)
     values: dict[str, Any] = QUICKSTART.model_dump(mode="json")
+    (tmp_path / "a.csv").touch()
     values["tasks"][0]["data"] = {"kind": "files", "train": "a.csv", "validation": "../b.csv"}
     with pytest.raises(UserError, match=r"tasks\.sst2\.data\.validation"):
         check_experiment(type(QUICKSTART).model_validate(values))

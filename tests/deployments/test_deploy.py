@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,25 @@ def test_a_run_accepts_the_defaults_of_its_form_and_refuses_what_is_none(item: D
     wrong = {name: ["wrong"] for name in ("experiment", "table", "parts", "generator") if name in flow.parameters.properties}
     with pytest.raises(ParameterTypeError):
         flow.validate_parameters(get_parameter_defaults(flow.fn) | wrong)
+
+
+@pytest.mark.parametrize(
+    ("form", "fault"),
+    [
+        ("reproduce_table", {"num_threads": 10**18}), ("run_benchmarks", {"steps": 10**18}),
+        ("generate_adapters", {"request": {"task": "sst2", "num": 10**18}}),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_machine_has_room_for_is_refused_by_the_form(form: str, fault: dict[str, Any]) -> None:
+    flow = getattr(forms, f"{form}_form")
+    with pytest.raises(ParameterTypeError, match="less than or equal to"):
+        flow.validate_parameters(get_parameter_defaults(flow.fn) | fault)
+
+
+def test_a_generator_is_told_by_its_own_field(artifact_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(artifact_root))
+    state = forms.generate_adapters_form("ü", return_state=True)
+    assert "generator 'ü': must be a plain name" in str(state.message)
 
 
 @pytest.mark.parametrize(
