@@ -158,7 +158,8 @@ def check_root(path: Path) -> None:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)
 
 
 def _full(path: Path) -> UserError:
@@ -174,11 +175,18 @@ def disk_fault(error: Exception) -> UserError | None:
     safetensors reports a full disk as an error of its own, so the text is looked at too.
     """
     path = root()
-    if isinstance(error, OSError) and error.errno in _READ_ONLY and Path(str(error.filename)).is_relative_to(path):
-        return UserError(
-            f"root {str(path)!r}: cannot be written ({error.strerror}); choose a writable folder with --root or "
-            f"{ROOT_VARIABLE}"
-        )
+    if isinstance(error, OSError) and (place := Path(str(error.filename))).is_relative_to(path):
+        if error.errno in _READ_ONLY:
+            return UserError(
+                f"root {str(path)!r}: cannot be written ({error.strerror}); choose a writable folder with --root or "
+                f"{ROOT_VARIABLE}"
+            )
+        in_the_way = [part for part in (*reversed(place.parents), place) if part.exists() and not part.is_dir()]
+        if error.errno in _NO_FOLDER and in_the_way:
+            return UserError(
+                f"root {str(path)!r}: cannot be written, for {str(in_the_way[0])!r} is a file where a folder is needed; move "
+                f"it away, or choose another folder with --root or {ROOT_VARIABLE}"
+            )
     if (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error):
         return _full(path)
     return None

@@ -47,7 +47,7 @@ def publish(name: str, report: Path) -> None:
         for figure in FIGURES
         if (report / f"{figure}.png").is_file()
     ]
-    page = next(path for path in (report / "report.html", report / "table.md") if path.is_file())
+    page = checked(report, "table.md" if (report / "table.md").is_file() else "report.html")
     if (link := address(page)) is not None:
         create_link_artifact(key=artifact_key(name, "page"), link=link, link_text=page.name, description=f"Page of {name}")
     text = "\n\n".join([f"# {name}", summary(report, frame), f"Page: {place(page)}", *images])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from cpdiff_core.artifacts import seal, write_json
+from cpdiff_core.config import UserError
 from tasks.environment import ROOT_VARIABLE
 from tasks.prefect_artifacts import address, headline, place, publish, publish_adapters
 
@@ -72,6 +74,15 @@ def test_file_has_no_address_where_the_root_is_not_served(
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / root) if root else "")
     assert address(report / "report.html") is None
     assert place(Path("/a/my_root/b-c.html")) == "/a/my\\_root/b-c.html"
+
+
+@pytest.mark.parametrize(("change", "said"), [(Path.unlink, "missing"), (lambda page: page.write_text("<p>"), "altered")])
+def test_page_that_was_moved_away_or_altered_is_a_line_with_the_remedy(
+    artifact_root: Path, report: Path, change: Callable[[Path], object], said: str
+) -> None:
+    change(report / "report.html")
+    with pytest.raises(UserError, match=rf"report.html': is .*{said}; delete the folder .*'report' will be recomputed"):
+        publish("A/b", report)
 
 
 def test_generated_adapters_stand_in_a_table_with_the_chosen_one_marked(artifact_root: Path, tmp_path: Path) -> None:

@@ -289,3 +289,12 @@ def test_disk_too_full_for_the_record_is_reported_and_no_hit(
         number(ONE)
         assert "Not saved  number value 1" in capsys.readouterr().err
         assert not is_done(number.artifact(ONE))
+
+
+@pytest.mark.parametrize("name", ["number", ".locks"])
+def test_file_where_a_folder_is_needed_is_one_line_that_names_it(artifact_root: Path, name: str) -> None:
+    artifact_root.mkdir(exist_ok=True)
+    (artifact_root / name).write_text("a file of the user's")
+    with pytest.raises(UserError, match=rf"{name}' is a file where a folder is needed; move it away.*--root"):
+        number(ONE)
+    assert (artifact_root / name).read_text() == "a file of the user's"
