@@ -84,6 +84,15 @@ class Config(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
+def check_path(what: str, path: Path) -> None:
+    """Raises UserError for a path with bytes that are no UTF-8, which neither safetensors nor JSON takes."""
+    whole = str(path.resolve())
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {whole!r}: its path is no UTF-8 text; rename or move it") from error
+
+
 class LocalFile(Config):
     """A file on this machine. Its identity is its content: moving it changes nothing, changing a byte does."""
 
@@ -95,7 +104,8 @@ class LocalFile(Config):
 
     @classmethod
     def of(cls, path: Path) -> LocalFile:
-        """Digest `path`. Raises UserError if it cannot be read."""
+        """Digest `path`. Raises UserError if it cannot be read, or has a name that no library could be told."""
+        check_path("file", path)
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def results(
     device: Device = "auto", root: Root = None, data_dir: DataDir = None, threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder that gets RESULTS.md and results/.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the devices; more than 1 needs 'cpdiff[dask]'.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the devices; more than 1 needs the extra dask.")] = 4,
     only: Annotated[str, typer.Option(help="Only experiments whose name contains this.")] = "",
 ) -> None:  # fmt: skip
     """docs/RESULTS.md: Tables 1, 3, 4a, 4b, 4c on MiniLM with three seeds, the audit and the claims."""

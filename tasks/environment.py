@@ -18,7 +18,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from cpdiff_core.config import UserError
+from cpdiff_core.config import UserError, check_path
 
 ROOT_VARIABLE = "PREFECT_LOCAL_STORAGE_PATH"
 DEFAULT_ROOT = Path("~/.cpdiff")
@@ -141,6 +141,7 @@ def nested() -> Path:
 
 def check_root(path: Path) -> None:
     """Make the root if need be and try it: a folder, a file and a lock. Raises UserError that names the remedy."""
+    check_path("root", path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-") as probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         resolve_task(task_of(tmp_path, data=FileData(train=".", validation=".")), tmp_path)
     with pytest.raises(UserError, match=r"task 'mine': data file '.*x' does not exist; check the path"):
         resolve_task(task_of(tmp_path, data=FileData(train="x" * 3000, validation="x")), tmp_path)
+    latin = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    latin.mkdir()
+    with pytest.raises(UserError, match=r"^file '.*/caf.udce9/train.csv': its path is no UTF-8 text; rename or move it$"):
+        resolve_task(made(latin, suffix=".csv").task, latin)
     made(tmp_path, suffix=".csv")
     for part in ("train", "validation"):
         shutil.copy(tmp_path / f"{part}.csv", tmp_path / f"{part}.xlsx")

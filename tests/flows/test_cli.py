@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from cli_child import CommandLine, Outcome
 from tiny import write_jsonl
+from typer.testing import CliRunner
 
 from cpdiff_core.experiments import EXPERIMENTS, ExperimentConfig
 from cpdiff_core.style_experiments import STYLE_EXPERIMENTS
+from flows.cli import app
 
 
 def write(folder: Path, value: Any, name: str = "mine.json") -> str:
@@ -46,6 +50,16 @@ def test_list_names_every_experiment(cli: CommandLine) -> None:
     short = [line.split()[0] for line in cli.run("list").stdout.splitlines()]
     assert {"quickstart", "quickstart-style", "glue6/minilm-r1", "table3/minilm-n500"} <= set(short)
     assert not [name for name in short if "bert" in name or name.startswith("results/")]
+
+
+def test_help_shows_every_word_of_every_option() -> None:
+    def letters(text: str) -> str:
+        return "".join(re.findall(r"[^\s│]", text))
+
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        shown = letters(CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "500"}).stdout)
+        for parameter in command.params:
+            assert letters(getattr(parameter, "help", None) or "") in shown, (name, parameter.name)
 
 
 def test_show_prints_json_that_run_accepts(cli: CommandLine, tmp_path: Path) -> None:

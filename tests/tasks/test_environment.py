@@ -149,6 +149,13 @@ def test_root_that_cannot_be_used_is_one_line_with_the_remedy(tmp_path: Path, pa
         check_root(Path(path.format(tmp=tmp_path)))
 
 
+def test_root_with_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match=r"^root '.*/caf.udce9': its path is no UTF-8 text; rename or move it$"):
+        check_root(path)
+    assert not path.exists()
+
+
 def copy_database(home: Path) -> str:
     """A Prefect database as a second run finds it; making one from nothing takes longer than all the rest here."""
     source = str(PREFECT_API_DATABASE_CONNECTION_URL.value()).removeprefix("sqlite+aiosqlite:///")
