@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections import Counter
@@ -32,6 +33,12 @@ def warn(text: str) -> None:
     with _guard:
         tqdm.write(f"WARNING: {text}", file=sys.stderr)
         sys.stderr.flush()
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """`warn`, the first time in this process."""
+    warn(text)
 
 
 def add(counts: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_type_hints
@@ -39,12 +39,13 @@ from typing_extensions import TypeVar
 from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
 from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
 from tasks import remote
+from tasks.code import code_behind, made_by_other_code
 from tasks.environment import disk_fault, root
 from tasks.locks import FlockManager, hold
 from tasks.observe import watched
 from tasks.provenance import Meter, signed
 from tasks.record import RECORD, cache_key, is_sound
-from tasks.report import stage_ended
+from tasks.report import stage_ended, warn_once
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact, default=Artifact)
@@ -65,7 +66,6 @@ class Stage(Task[P, A]):
     identify: Callable[[Mapping[str, Any]], A]
     returns: type[A]
     stage_version: int
-    sources: tuple[Any, ...]
 
     def artifact(self, *args: P.args, **kwargs: P.kwargs) -> A:
         """The artifact that a call with these arguments returns, without running anything."""
@@ -80,7 +80,6 @@ def stage(
     *,
     returns: type[A] = Artifact,  # type: ignore[assignment]
     label: Callable[..., str] | None = None,
-    sources: Iterable[Any] = (),
     **task_options: Any,
 ) -> Callable[[Callable[Concatenate[Path, P], None]], Stage[P, A]]:
     """Make `body(out, ..., *, runtime, resume)` a stage.
@@ -89,7 +88,6 @@ def stage(
     version: to be raised when the same inputs are to give another result (see `tasks/versions.py`).
     returns: a subclass of Artifact where other stages must not confuse this artifact with another.
     label: what is shown of the arguments; a function of those arguments that it names.
-    sources: functions, classes and modules that the body calls and whose change is a change of the stage.
     task_options: further options of Prefect's task, such as retries and tags.
 
     `resume` is given to a body that declares it, and so is `account`, a dictionary for what the body knows better than
@@ -131,7 +129,7 @@ def stage(
                     return result
                 with watched(result):
                     write = functools.partial(_call, body, bound, extra)
-                    _build(folder(result), write, config, runtime, account)
+                    _build(folder(result), write, config, runtime, account, code_behind(body))
                 _shared(result)
             except Exception as error:
                 if (fault := disk_fault(error)) is not None:
@@ -160,7 +158,7 @@ def stage(
             **options,
         )
         made.body, made.identify, made.returns = body, identify, returns
-        made.stage_version, made.sources = version, tuple(sources)
+        made.stage_version = version
         known = STAGES.setdefault(name, made)
         if (known.body.__module__, known.body.__qualname__) != (body.__module__, body.__qualname__):
             raise ValueError(f"stage name {name!r}: is taken by {known.body.__module__}.{known.body.__qualname__}")
@@ -251,8 +249,9 @@ def _call(body: Callable[..., None], bound: inspect.BoundArguments, extra: Mappi
 
 
 def _build(
-    target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig, account: Mapping[str, Any]
-) -> None:
+    target: Path, write: Callable[[Path], None], config: Any, runtime: RuntimeConfig, account: Mapping[str, Any],
+    code: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Fill a scratch folder beside `target`, then rename it to `target`."""
     with _scratch(target) as scratch:
         out = scratch / "out"
@@ -262,7 +261,7 @@ def _build(
         write_json(out / "config.json", config)
         seal(out)
         # After the seal: it differs from run to run.
-        write_json(out / "provenance.json", signed(meter.provenance() | dict(account)))
+        write_json(out / "provenance.json", signed(meter.provenance() | dict(code) | dict(account)))
         if target.exists():  # a refresh, or a process that died before the record was written
             # Moved away whole: deleting it file by file could leave its record, and so a hit, behind.
             os.rename(target, scratch / "replaced")
@@ -285,13 +284,22 @@ def _may_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     return not isinstance(state.data, UserError)
 
 
+_OUTDATED = (
+    "some of what is Cached was made by code that has changed since, as its lines say; "
+    "PREFECT_TASKS_REFRESH_CACHE=true computes every stage of a command again"
+)
+
+
 def _completed(task: Any, task_run: TaskRun, state: State[Any]) -> None:
     """Runs when the record has been written and the lock is free again."""
     artifact: Artifact = state.data.result if isinstance(state.data, ResultRecord) else state.data  # type: ignore[assignment]
+    provenance = _provenance(artifact)
     if state.name == "Cached":
-        stage_ended("cached", "Cached", task_run.name)
+        outdated = made_by_other_code(provenance, STAGES[artifact.stage].body)
+        if outdated:
+            warn_once(_OUTDATED)
+        stage_ended("cached", "Cached", task_run.name, "made by other code" if outdated else "")
     else:
-        provenance = json.loads((folder(artifact) / "provenance.json").read_text(encoding="utf-8"))
         stage_ended("computed", "Completed", task_run.name, f"{provenance['seconds']:8.1f} s")
         if not is_done(artifact) and PREFECT_DEFAULT_RESULT_STORAGE_BLOCK.value() is None:
             stage_ended("unrecorded", "Not saved", task_run.name, "its record could not be written (is the disk full?)")
@@ -300,6 +308,14 @@ def _completed(task: Any, task_run: TaskRun, state: State[Any]) -> None:
         # Whoever holds the lock computes it again, and has use for the state.
         with suppress(TimeoutError), hold([cache_key(artifact)], timeout=0):
             left.discard()
+
+
+def _provenance(artifact: Artifact) -> dict[str, Any]:
+    """Of an artifact that may have been harmed since; then nothing is known."""
+    try:
+        return dict(json.loads((folder(artifact) / "provenance.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _failed(task: Any, task_run: TaskRun, state: State[Any]) -> None:

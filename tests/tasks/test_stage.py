@@ -30,6 +30,7 @@ from toy_stages import (
 from cpdiff_core.artifacts import Artifact, verify
 from cpdiff_core.config import RuntimeConfig, UserError
 from tasks.locks import hold
+from tasks.provenance import signed
 from tasks.report import tally
 from tasks.stage import cache_key, clean, folder, is_done, resume_state, stage
 
@@ -140,6 +141,22 @@ def test_folder_says_what_it_was_made_from(artifact_root: Path) -> None:
     assert provenance["peak_process_bytes"] > 1e7
     assert provenance["device"]
     assert {"torch", "transformers", "peft", "diffusers", "prefect", "python"} <= provenance["versions"].keys()
+
+
+def test_hit_that_other_code_has_made_is_a_hit_and_says_so(
+    artifact_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = folder(number(ONE)) / "provenance.json"
+    made = json.loads(record.read_text())
+    number(ONE)
+    assert "other code" not in capsys.readouterr().err
+    for changed, said in (({"sources": "0"}, False), ({"sources": "0", "code": "0"}, True), ({"code": None}, False)):
+        record.write_text(json.dumps(signed(made | changed)))
+        number(ONE)
+        assert ("made by other code" in capsys.readouterr().err) == said, changed
+    record.unlink()
+    number(ONE)
+    assert logged(artifact_root) == ["number 1"]
 
 
 def test_artifact_of_another_type_is_refused(artifact_root: Path) -> None:
