@@ -81,11 +81,13 @@ class Bench:
     def peak_gib(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**30 if self.gpu else None
 
-    def share(self, tokens: int, seconds: float, passes: int, rate: float | None = None) -> float:
+    def share(
+        self, tokens: int, seconds: float, passes: int, rate: float | None = None, *, stacked: bool = True
+    ) -> float:
         """Share of the device's matrix rate (`rate`, if it is another than at the start): `passes` x 2 x dense parameters x
-        unpadded tokens per second."""
+        unpadded tokens per second, without what a stack need not compute."""
         classifier, _ = cached_classifier(self.base, 2)
-        return passes * 2 * measure.dense_parameters(classifier) * tokens / seconds / (rate or self.rate)
+        return passes * 2 * measure.dense_parameters(classifier, stacked=stacked) * tokens / seconds / (rate or self.rate)
 
 
 def harvest(bench: Bench) -> list[Measurement]:
@@ -103,7 +105,7 @@ def harvest(bench: Bench) -> list[Measurement]:
                 work=f"plain loop, {member.task.name}",
                 ours=steps / spent,
                 unit="adapter-steps/s",
-                rate_share=bench.share(tokens, spent, 2),
+                rate_share=bench.share(tokens, spent, 2, stacked=False),
                 note=f"{tokens / spent:.0f} tokens/s",
             )
         )

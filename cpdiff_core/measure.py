@@ -64,12 +64,18 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return 2 * size**3 / seconds(device, lambda: a @ b, repeats=10, warmup=3)
 
 
-def dense_parameters(model: nn.Module) -> int:
-    """Parameters of the base that multiply every token: all matrices but the embeddings and the head."""
-    base = model.base_model
-    assert isinstance(base, nn.Module)
+def dense_parameters(model: nn.Module, *, stacked: bool = False) -> int:
+    """Parameters of the base that multiply every token: all matrices but the embeddings and the head. In a stack those of
+    the last block above its attention, which multiply the pooled tokens only, are left out (see `StackedClassifier`)."""
+    base: Any = model.base_model
+    unread = f"encoder.layer.{base.config.num_hidden_layers - 1}."
     return sum(
-        p.numel() for name, p in base.named_parameters() if p.dim() == 2 and "embeddings" not in name and "pooler" not in name
+        p.numel()
+        for name, p in base.named_parameters()
+        if p.dim() == 2
+        and "embeddings" not in name
+        and "pooler" not in name
+        and not (stacked and name.startswith(unread) and ".self." not in name)
     )
 
 

@@ -2,14 +2,15 @@
 
 Every adapted layer computes the frozen product once for all tokens and adds two small products, x A_s^T B_s^T, with the
 factors of the adapter that the token belongs to. The base is transformers' own model, so a stack of one equals PEFT
-(tested per architecture); only the self-attention of BERT's relatives is replaced, by one whose three projections
-are a single product.
+(tested per architecture); only two things are replaced in BERT's relatives: the self-attention, by one whose three
+projections are a single product, and the last block above its attention, which computes the tokens that the head reads.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +74,23 @@ class _MixedLinear(torch.autograd.Function):
         return d_x, d_hidden.t() @ x, (hidden.t() @ grads[0]) * ctx.scaling, None, None, None, None
 
 
+@dataclass
+class _Tokens:
+    """What the layers need to know about the tokens they are given: all of a batch, or those that the head reads.
+
+    index: their places in the batch, or None for all. masks: by the number of joined modules, T x J (see `_MixedLinear`);
+    empty where rows divide evenly among the adapters.
+    """
+
+    index: torch.Tensor | None = None
+    dropout_keys: torch.Tensor | None = None
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """These rows of x, which has one for every token of the batch."""
+        return x if self.index is None else x.index_select(0, self.index)
+
+
 class _Routing:
     """The adapters of the forward pass under way, shared by all stacked layers of one model."""
 
@@ -81,8 +99,7 @@ class _Routing:
         self.scaling = scaling
         self.dropout = dropout
         self.layers: list[_Adapted] = []
-        self.masks: dict[int, torch.Tensor] = {}
-        self.dropout_keys: torch.Tensor | None = None
+        self.all, self.pooled = _Tokens(), _Tokens()
         self.num_rows = 0
         self.num_columns = 0  # S x rank: those of one adapted module in the small products
         self._orders: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -90,8 +107,11 @@ class _Routing:
     def set(self, w_SK: torch.Tensor, batch: TokenBatch, dtype: torch.dtype) -> None:
         """Give every layer its factors. Tokens of mixed order use matrices over all adapters and a mask; rows that
         divide evenly among the adapters, in order, use batched products."""
-        self.num_rows, self.dropout_keys = batch.input_ids.shape[0], batch.dropout_keys
-        self.masks = {}
+        self.num_rows = batch.input_ids.shape[0]
+        self.pooled.index = batch.pool_index.flatten()
+        for tokens in (self.all, self.pooled):
+            tokens.dropout_keys = None if batch.dropout_keys is None else tokens.of(batch.dropout_keys)
+            tokens.masks = {}
         if batch.owners is None:
             factors = self.layout.views(w_SK.to(dtype))
             for layer in self.layers:
@@ -113,7 +133,8 @@ class _Routing:
         self.num_columns = len(columns)
         own = (batch.owners[:, None] == columns).to(dtype)
         for count in {layer.num_joined for layer in self.layers}:
-            self.masks[count] = F.pad(own.repeat(1, count), (0, self._inner(num_adapters, count) - count * own.shape[1]))
+            mask = F.pad(own.repeat(1, count), (0, self._inner(num_adapters, count) - count * own.shape[1]))
+            self.all.masks[count], self.pooled.masks[count] = mask, self.pooled.of(mask)
 
     def _inner(self, num_adapters: int, count: int) -> int:
         """Columns J of the small products of a layer that joins `count` adapted modules."""
@@ -160,16 +181,16 @@ class _Adapted(nn.Module):
         self.num_joined = len(names)  # all that a compiled layer reads of them: one program serves all blocks
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down = self.up = weight.new_empty(0)
-        self._routing = routing
+        self._routing, self.tokens = routing, routing.all
         routing.layers.append(self)
 
     def apply_to(self, x: torch.Tensor) -> torch.Tensor:
         """T x in -> T x out, the adapters of the tokens included."""
-        routing = self._routing
-        if routing.dropout > 0.0 and routing.dropout_keys is not None:
-            return self._with_dropout(x)
-        if routing.masks:
-            mask = routing.masks[self.num_joined]
+        routing, tokens = self._routing, self.tokens
+        if routing.dropout > 0.0 and tokens.dropout_keys is not None:
+            return self._with_dropout(x, tokens.dropout_keys)
+        if tokens.masks:
+            mask = tokens.masks[self.num_joined]
             return _MixedLinear.apply(x, self.down, self.up, mask, self.weight, self.bias, routing.scaling)  # type: ignore[no-any-return]
         out = F.linear(x, self.weight, self.bias)
         groups = len(self.pairs[0][0])
@@ -179,16 +200,15 @@ class _Adapted(nn.Module):
         added = [torch.bmm(h, up) for h, up in zip(hidden.chunk(len(ups), dim=2), ups, strict=True)]
         return torch.add(out, torch.cat(added, dim=2).view(out.shape), alpha=routing.scaling)
 
-    def _with_dropout(self, x: torch.Tensor) -> torch.Tensor:
+    def _with_dropout(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Each adapted module drops entries of its own input, as PEFT does."""
-        routing = self._routing
-        assert routing.dropout_keys is not None
+        routing, masks = self._routing, self.tokens.masks
         out = F.linear(x, self.weight, self.bias)
         dropped = [
-            counter_dropout(x, routing.dropout_keys, self.first_salt + i, routing.dropout) for i in range(self.num_joined)
+            counter_dropout(x, keys, self.first_salt + i, routing.dropout) for i in range(self.num_joined)
         ]
-        if routing.masks:
-            mask, step = routing.masks[self.num_joined], routing.num_columns
+        if masks:
+            mask, step = masks[self.num_joined], routing.num_columns
             hidden = torch.cat([d @ self.down[i * step : (i + 1) * step].t() for i, d in enumerate(dropped)], dim=1)
             hidden = F.pad(hidden, (0, mask.shape[1] - hidden.shape[1])) * mask
             return torch.addmm(out, hidden, self.up, alpha=routing.scaling)
@@ -288,6 +308,18 @@ def _fused_attention(base: nn.Module, names: tuple[str, ...], salt: int, routing
     return fused
 
 
+class _OfPooledTokens(nn.Module):
+    """What follows the last block's attention, for the tokens that the head reads: the block's result is 1 x (S B) x H."""
+
+    def __init__(self, output: nn.Module, tokens: _Tokens) -> None:
+        super().__init__()
+        self.output, self.tokens = output, tokens
+
+    def forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        attended, residual = (self.tokens.of(x.flatten(0, 1))[None] for x in (attended, residual))
+        return self.output(attended, residual)  # type: ignore[no-any-return]
+
+
 class StackedClassifier(nn.Module):
     """A frozen sequence classifier that runs S adapters, each with its own head, in one forward pass."""
 
@@ -304,6 +336,9 @@ class StackedClassifier(nn.Module):
         self._routing = _Routing(layout, scaling, dropout)
         self.backbone: Any = model.base_model  # transformers' own class
         self._insert(model)
+        self._pools_within = hasattr(self.backbone, "encoder")
+        if self._pools_within:
+            self._drop_unread_tokens(self.backbone.encoder.layer[-1])
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # the head applies it, to the pooled tokens only
         self.requires_grad_(False)
@@ -322,6 +357,14 @@ class StackedClassifier(nn.Module):
                 owner, _, place = parent.rpartition(".")
                 layer = _fused_attention(model.get_submodule(parent), trio, salt, self._routing)
                 setattr(model.get_submodule(owner), place, layer)
+
+    def _drop_unread_tokens(self, block: Any) -> None:
+        """Compute the last block above its attention for the pooled tokens only: nothing reads the others."""
+        for part in (block.attention.output, block.intermediate, block.output):
+            for layer in part.modules():
+                if isinstance(layer, _Adapted):
+                    layer.tokens = self._routing.pooled
+        block.attention.output = _OfPooledTokens(block.attention.output, self._routing.pooled)
 
     def compile_layers(self, backend: Any = "inductor") -> None:
         """Compile the base's transformer layers: few programs, which serve every layer and any number of rows. With LoRA
@@ -351,7 +394,8 @@ class StackedClassifier(nn.Module):
         if config.model_type == "gpt2":
             inputs["use_cache"] = False
         hidden = self.backbone(**inputs).last_hidden_state
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index.view(-1))
+        rows = hidden.flatten(0, 1)
+        rows = rows if self._pools_within else self._routing.pooled.of(rows)
         return rows.view(*batch.pool_index.shape, -1)
 
     def apply_head(
