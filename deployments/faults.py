@@ -54,13 +54,19 @@ def _without_preface(text: str) -> str:
     return "; ".join(line.removeprefix(" - ").removeprefix("- ").replace(": Value error, ", ": ", 1) for line in lines)
 
 
+_FINISHED = re.compile(r"Finished in state (\w+)(?:\(\)|\(type=\w+\))?")
+
+
 class _OneLine(logging.Filter):
-    """Prefect logs every exception of a run with its traceback, which says nothing to whom a field was wrong, and two
-    lines for the hook of every stage, which say nothing to anybody."""
+    """Prefect logs every exception of a run with its traceback, which says nothing to whom a field was wrong, two lines for
+    the hook of every stage, which say nothing to anybody, and of every stage that it has finished, but not which it was."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno <= logging.INFO and str(record.msg).startswith(("Running hook", "Hook '")):
             return False
+        stage = getattr(record, "task_run_name", None)
+        if stage and str(record.msg).startswith("Finished in state "):
+            record.msg = stage + ": " + in_words_of_the_form(_FINISHED.sub(r"\1", str(record.msg)))
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, UserError | ParameterTypeError):
             record.msg, record.args, record.exc_info = in_words_of_the_form(_without_preface(str(error))), (), None

@@ -158,9 +158,12 @@ def reproduce_table_form(
     """Compute every row of one of the paper's tables; rows share what they have in common.
 
     Args:
-        table: Which table of the paper; extra holds the rows that the paper does not have.
-        data: excerpt shows the table on a small part of three tasks, in minutes and without a GPU; its numbers say
-            nothing about the method. full is all six GLUE tasks, below the worker's CPDIFF_DATA_DIR or from the hub.
+        table: Which table of the paper. table1 varies the rank; table3 the number of checkpoints; table4a normalisation; table4b
+            the condition; table4c the blocks that are generated; extra holds what the paper does not have. Table 2, of styles,
+            is the experiment table2/tiny.
+        data: excerpt shows the table on a small part of three tasks, in 5 to 15 minutes without a GPU; its numbers say
+            nothing about the method. full is all six GLUE tasks, below the worker's CPDIFF_DATA_DIR or from the hub: minutes a
+            row on an H200, many hours on a CPU.
         base: The base model. minilm-l6 needs no download; the others come from the hub.
         num_seeds: Seeds per row, pooled. A claim about the method needs at least two.
         device: Where to compute. auto takes a GPU if the worker has one.

@@ -103,14 +103,14 @@ def generator_parts(
     )  # fmt: skip
 
 
-@stage("fit_normalization")
+@stage("fit_normalization", label=lambda config: f"{config.scope} by {config.axis}")
 def fit_normalization(out: Path, config: NormalizationConfig, zoo: Zoo) -> None:
     normalizer = Normalizer.fit(config, zoo.load(root()))
     write_tensors(out / "normalizer.safetensors", normalizer.tensors())
     write_json(out / "normalizer.json", {"config": config.model_dump(mode="json"), "tasks": list(normalizer.tasks)})
 
 
-@stage("fit_autoencoder")
+@stage("fit_autoencoder", label=lambda config: config.kind)
 def fit_autoencoder(
     out: Path, config: AutoencoderConfig, zoo: Zoo, normalizer: Artifact, seed: int, *, runtime: RuntimeConfig,
     resume: ResumeState = GIVEN,
@@ -133,7 +133,7 @@ def fit_autoencoder(
     )
 
 
-@stage("encode_conditions")
+@stage("encode_conditions", label=lambda config: config.kind)
 def encode_conditions(
     out: Path, config: ConditionConfig, tasks: tuple[ResolvedTask, ...], splits: SplitConfig, seed: int, *,
     runtime: RuntimeConfig,
@@ -143,7 +143,7 @@ def encode_conditions(
     write_json(out / "prompts.json", {"tasks": [task.name for task in tasks], **texts.model_dump(mode="json")})
 
 
-@stage("fit_diffusion")
+@stage("fit_diffusion", label=lambda condition: condition.kind)
 def fit_diffusion(
     out: Path, config: DiffusionConfig, condition: ConditionConfig, zoo: Zoo, normalizer: Artifact, autoencoder: Artifact,
     conditions: Artifact, seed: int, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN,

@@ -32,8 +32,10 @@ def log() -> Iterator[io.StringIO]:
         logger.setLevel(level)
 
 
-@stage("refuses")
+@stage("refuses", label=lambda fault: fault)
 def refuses(out: Path, fault: str) -> None:
+    if fault == "none":
+        return
     raise UserError("--few 'x': no such file") if fault == "user" else ValueError("ours")
 
 
@@ -52,6 +54,16 @@ def test_users_fault_is_one_line_in_the_log_and_in_the_state(artifact_root: Path
     assert "Traceback" not in log.getvalue()
     refusing("ours", return_state=True)
     assert "Traceback" in log.getvalue(), "a fault of ours is shown whole"
+
+
+def test_log_says_which_stage_has_finished(artifact_root: Path, log: io.StringIO) -> None:
+    show_one_line()
+    logging.getLogger("prefect.task_runs").setLevel(logging.INFO)
+    for _ in range(2):
+        assert refusing("none", return_state=True).is_completed()
+    assert log.getvalue().splitlines() == ["refuses none: Completed", "refuses none: Cached"]
+    refusing("user", return_state=True)
+    assert 'refuses user: Failed("Task run encountered an exception UserError: few ' in log.getvalue()
 
 
 def test_wrong_parameter_is_one_line_in_the_log_without_preface(log: io.StringIO) -> None:

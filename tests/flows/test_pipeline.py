@@ -111,7 +111,7 @@ def test_changed_task_runs_again_with_what_depends_on_it_and_nothing_else(
     }
     assert own_to_left <= set(cached)
     assert not own_to_left & set(computed)
-    again = {"fit_head right", "harvest_checkpoints right run 0", "fit_autoencoder", "fit_diffusion", "report tiny"}
+    again = {"fit_head right", "harvest_checkpoints right run 0", "fit_autoencoder conv", "fit_diffusion one_hot", "report tiny"}
     again |= {f"generate_candidates {task}" for task in ("left", "right")}
     assert again <= set(computed)
     assert set(computed) | set(cached) == set(before)
