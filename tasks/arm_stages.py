@@ -27,7 +27,7 @@ from cpdiff_core.generator.probing import CHANGES, change_condition, trajectory
 from cpdiff_core.lora.layout import LoraSpec
 from cpdiff_core.lora.vectors import min_l2_product
 from cpdiff_core.lora.zoo import CANDIDATE_FILE, HARVEST_FILE, VectorSet, Zoo, load_checkpoints
-from cpdiff_core.reports.comparison import comparison_frame, comparison_table, read_row
+from cpdiff_core.reports.comparison import comparison_frame, comparison_table, read_row, shared_notes
 from tasks.stage import GIVEN, folder, root, stage
 from tasks.stages import HEAD_FILE, Generator, generator_parts
 
@@ -196,12 +196,14 @@ def score_full(
     write_scores(out, task.task, "report", logits_VBC, labels_B.numpy())
 
 
-@stage("table", label=lambda name: name)
+@stage("table", 2, label=lambda name: name)
 def table(out: Path, name: str, rows: tuple[ExperimentConfig, ...], reports: tuple[Artifact, ...]) -> None:
-    """Reports side by side: table.md, results.csv and summary.txt."""
-    read = [read_row(row, folder(report)) for row, report in zip(rows, reports, strict=True)]
+    """Reports side by side, with what all of them note: table.md, results.csv and summary.txt."""
+    folders = [folder(report) for report in reports]
+    read = [read_row(row, path) for row, path in zip(rows, folders, strict=True)]
     arms = list(dict.fromkeys(arm for row in rows for arm in row.arms))
-    text = comparison_table(read, arms)
+    notes = [f"- {note}" for note in shared_notes(folders)]
+    text = "\n\n".join(part for part in (comparison_table(read, arms), "\n".join(notes)) if part)
     (out / "table.md").write_text(f"# {name}\n\n{text}\n", encoding="utf-8")
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
     comparison_frame(read, arms).to_csv(out / "results.csv", index=False)

@@ -88,7 +88,7 @@ def headline(report: Path) -> str:
     """What a report says first: the line below the table of its summary; nothing if there is none."""
     blocks = _blocks(report)
     after = [block for place, block in enumerate(blocks) if place and _is_table(blocks[place - 1])]
-    return after[0].splitlines()[0] if after else ""
+    return after[0].splitlines()[0].removeprefix("- ") if after else ""
 
 
 def summary(report: Path, frame: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cpdiff_core.artifacts import checked
 from cpdiff_core.evaluation.bootstrap import ResampledScore
 from cpdiff_core.experiment_config import ExperimentConfig
 from cpdiff_core.paper import paper_scores
@@ -76,6 +77,16 @@ def comparison_table(rows: Sequence[Row], arms: Sequence[str]) -> str:
                 printed = [row.paper.get(task, {}).get(arm) for task in tasks]
                 lines.append(["", f"*{arm}, the paper's*", *["" if value is None else f"*{value}*" for value in printed]])
     return markdown(header, lines)
+
+
+def shared_notes(reports: Sequence[Path]) -> list[str]:
+    """What one must know to read several reports side by side: the notes that all of them have below their tables, what has
+    been saved at first, then the seeds."""
+    texts = [checked(report, "summary.txt").read_text(encoding="utf-8") for report in reports]
+    notes = [[line.removeprefix("- ") for line in text.splitlines() if line.startswith("- ")] for text in texts]
+    shared = [note for note in notes[0] if all(note in others for others in notes[1:])]
+    first = ("This preset's economy", "Seed")
+    return sorted(shared, key=lambda note: next((i for i, start in enumerate(first) if note.startswith(start)), len(first)))
 
 
 def _first(row: Row, arms: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import pytest
 
 from cpdiff_core.artifacts import seal
 from cpdiff_core.evaluation.bootstrap import resample
+from cpdiff_core.reports.comparison import shared_notes
 from cpdiff_core.reports.tables import (
     AVERAGE,
     compared_pairs,
@@ -54,6 +55,16 @@ def test_stored_scores_come_back_and_still_know_their_metric(results, tmp_path):
     assert np.abs(difference.resampled).max() == 0.0
     with pytest.raises(ValueError, match="use one metric"):
         back["sst2"]["generated"] - score("generated", "sst2", (0.8, 0.9), name="f1")
+
+
+def test_a_table_says_what_its_rows_have_in_common_first_what_was_saved(tmp_path):
+    common = ["Scores are points.", "Seed 42 alone.", "This preset's economy: an excerpt."]
+    for name, own in (("a", "Condition one_hot."), ("b", "Condition learned.")):
+        (tmp_path / name).mkdir()
+        text = "\n".join(f"- {line}" for line in (common[0], own, *common[1:]))
+        (tmp_path / name / "summary.txt").write_text(f"sst2 80.0\n----\n\n{text}\n")
+        seal(tmp_path / name)
+    assert shared_notes([tmp_path / "a", tmp_path / "b"]) == [common[2], common[1], common[0]]
 
 
 def test_arms_are_compared_like_with_like():

@@ -64,6 +64,9 @@ def test_report_is_published_as_table_markdown_with_its_figures_and_link(
     assert f"Page: [report.html]({page})" in lines
     assert "![map](data:image/png;base64,cGljdHVyZQ==)" in lines
     assert headline(report) == "generated - no-LoRA: 23.0"
+    (report / "summary.txt").write_text("| row |\n| --- |\n\n- an excerpt: says nothing\n- another\n")
+    seal(report)
+    assert headline(report) == "an excerpt: says nothing"
 
 
 @pytest.mark.parametrize(("url", "root"), [("", "."), ("http://127.0.0.1:4201", "elsewhere"), ("http://127.0.0.1:4201", "")])
