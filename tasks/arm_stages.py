@@ -50,7 +50,7 @@ class Training(Config):
         return torch.cat([load_checkpoints(folder(run), self.num_checkpoints) for run in self.runs])
 
 
-@stage("continue_training", label=lambda config: f"{config[0].fine_tune.num_steps} steps of {len(config)} vectors")
+@stage("continue_training", version=2, label=lambda config: f"{config[0].fine_tune.num_steps} steps of {len(config)} vectors")
 def continue_training(
     out: Path, config: tuple[HarvestConfig, ...], starts: tuple[VectorSet, ...], heads: tuple[Artifact, ...], *,
     runtime: RuntimeConfig, resume: ResumeState = GIVEN,

@@ -39,7 +39,7 @@ from tasks.stage import GIVEN, folder, root, stage
 HEAD_FILE = "head.safetensors"
 
 
-@stage("fit_head", label=lambda task: task.name)
+@stage("fit_head", version=2, label=lambda task: task.name)
 def fit_head(
     out: Path, config: HeadConfig, base: BaseModel, task: ResolvedTask, splits: SplitConfig, max_length: int, *,
     runtime: RuntimeConfig,
@@ -47,7 +47,7 @@ def fit_head(
     write_tensors(out / HEAD_FILE, compute_head(config, base, task, splits, max_length, runtime=runtime))
 
 
-@stage("harvest_checkpoints", label=lambda config: config.label)
+@stage("harvest_checkpoints", version=2, label=lambda config: config.label)
 def harvest_checkpoints(
     out: Path, config: HarvestConfig, head: Artifact, *, runtime: RuntimeConfig, resume: ResumeState = GIVEN,
     account: dict[str, Any] = GIVEN,
@@ -172,14 +172,16 @@ def generate_candidates(
     write_tensors(out / CANDIDATE_FILE, {"w_MK": w_MK, "z_MCL": z_MCL})
 
 
-@stage("score_selection", returns=SelectionArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}")
+@stage(
+    "score_selection", version=2, returns=SelectionArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}"
+)  # fmt: skip
 def score_selection(
     out: Path, config: ScoringConfig, vectors: VectorSet, head: Artifact, *, runtime: RuntimeConfig
 ) -> None:
     score_vectors(out, config, vectors, read_tensors(folder(head), HEAD_FILE), "selection", root(), runtime)
 
 
-@stage("score_report", returns=ReportArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}")
+@stage("score_report", version=2, returns=ReportArtifact, label=lambda config, vectors: f"{config.task.name} {vectors.kind}")
 def score_report(out: Path, config: ScoringConfig, vectors: VectorSet, head: Artifact, *, runtime: RuntimeConfig) -> None:
     score_vectors(out, config, vectors, read_tensors(folder(head), HEAD_FILE), "report", root(), runtime)
 
