@@ -30,6 +30,12 @@ class UserError(ValueError):
     """A fault that the user can mend. The message is one line: the field, its value and the remedy."""
 
 
+def first_line(error: BaseException, length: int = 200) -> str:
+    """What a library's error says, for a line of ours: its first line with words, or its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:length]
+
+
 def _in_words(model: type[Any]) -> str:
     """ConvAutoencoderConfig: Conv autoencoder."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", model.__name__.removesuffix("Config"))

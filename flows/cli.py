@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import BaseModel, ValidationError
 
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import RuntimeConfig, UserError, first_line
 from flows import cache, generator_commands, study_commands
 from flows.options import DataDir, Device, ExperimentName, Quiet, Root, Threads
 from flows.startup import begin, embedded, interrupted, resumable, runtime_of, told_in_a_line
@@ -74,7 +74,7 @@ def parse_json(where: str, text: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: line {error.lineno}: is not JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{where}: cannot be read ({first_line(error)})") from error
 
 
 def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -256,8 +256,7 @@ def _run_flow(flow: Any, experiment: Any, runtime: RuntimeConfig) -> Path:
     try:
         return Path(with_engine(flow)(experiment, runtime))
     except (httpx.HTTPError, PrefectException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"Prefect: {reason}; finished stages are kept: run the same command again to go on") from error
+        raise UserError(f"Prefect: {first_line(error)}; finished stages are kept: run the same command again to go on") from error
 
 
 def main() -> None:

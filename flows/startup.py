@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cpdiff_core.config import RuntimeConfig, UserError
+from cpdiff_core.config import RuntimeConfig, UserError, first_line
 from tasks.environment import check_root, prepare
 from tasks.server import TemporaryServer, start_server
 
@@ -106,7 +106,7 @@ def check_users_server() -> None:
             except Exception as error:
                 fault = error
         if fault is not None:
-            reason = (str(fault) or type(fault).__name__).splitlines()[0].partition(" for url")[0]
+            reason = first_line(fault).partition(" for url")[0]
             raise UserError(
                 f"PREFECT_API_URL {str(client.api_url)!r}: no Prefect server answers ({reason}); start the server, "
                 "correct the address, which ends in /api, or PREFECT_API_AUTH_STRING, or unset it"

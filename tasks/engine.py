@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext, hydrated_context, serialize_context
 from prefect.results import ResultStore
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-from cpdiff_core.config import UserError
+from cpdiff_core.config import UserError, first_line
 from cpdiff_core.progress import Cancelled
 from tasks import remote
 from tasks.environment import nested, own_root, root
@@ -111,8 +111,8 @@ def _client() -> Any:
         client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
         num = _num_workers(client)
     except (OSError, ValueError) as error:  # no scheduler answers, or the address is none
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{VARIABLE} {runner.address or 'local'!r}: {reason}; start the scheduler and its workers") from error
+        where = f"{VARIABLE} {runner.address or 'local'!r}"
+        raise UserError(f"{where}: {first_line(error)}; start the scheduler and its workers") from error
     if num == 0:
         raise UserError(
             f"{VARIABLE} {runner.address!r}: no worker has the resource {RESOURCE}; start them with --resources {RESOURCE}=1"

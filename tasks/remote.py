@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdiff_core.artifacts import Artifact, verify
-from cpdiff_core.config import Config, UserError
+from cpdiff_core.config import Config, UserError, first_line
 from tasks.environment import nested
 
 VARIABLE = "CPDIFF_REMOTE"
@@ -132,8 +132,7 @@ def _reported(url: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{VARIABLE} {url!r}: needs another package ({error}); pip install 'cpdiff[s3]'") from error
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{VARIABLE} {url!r}: {reason}; check it and run again: finished stages are kept") from error
+        raise UserError(f"{VARIABLE} {url!r}: {first_line(error)}; check it and run again: finished stages are kept") from error
 
 
 def artifacts_in(value: Any) -> Iterator[Artifact]:

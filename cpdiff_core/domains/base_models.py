@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from cpdiff_core.config import Config, LocalFile, UserError
+from cpdiff_core.config import Config, LocalFile, UserError, first_line
 
 Pooling = Literal["first", "last"]
 
@@ -161,7 +161,7 @@ def fetch_from_hub(repo_id: str, revision: str | None, patterns: tuple[str, ...]
         HfApi().repo_info(repo_id, revision=revision, timeout=4)
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client and whichever HTTP library it has raise their own
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{what} {repo_id!r}: the hub could not be asked or has no such item ({reason}); {remedy}") from error
 
 
@@ -220,7 +220,7 @@ def load_tokenizer(base: BaseModel) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(
-            f"base_model.name {base.name!r}: its tokenizer cannot be loaded ({_first_line(error)}); save it into the folder "
+            f"base_model.name {base.name!r}: its tokenizer cannot be loaded ({first_line(error)}); save it into the folder "
             "with AutoTokenizer's save_pretrained"
         ) from error
     if tokenizer.pad_token is None:
@@ -231,11 +231,6 @@ def load_tokenizer(base: BaseModel) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
@@ -261,7 +256,7 @@ def build_classifier(base: BaseModel, num_labels: int) -> tuple[nn.Module, tuple
                 dtype=torch.float32, attn_implementation="eager" if base.family == "deberta" else "sdpa",
             )  # fmt: skip
     except Exception as error:  # what a config asks for may need any package, and fail in any way
-        raise UserError(f"base_model.name {base.name!r}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"base_model.name {base.name!r}: cannot be loaded ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from cpdiff_core.config import Config, LocalFile, UserError
+from cpdiff_core.config import Config, LocalFile, UserError, first_line
 
 _BATCH = 64
 _MINILM_TOKENS = 256  # sentence_bert_config.json of the published model
@@ -271,9 +271,8 @@ def _load_clip(encoder: ClipTextEncoder, device: str) -> _Loaded:
     try:
         model = open_clip.create_model(encoder.model, pretrained, require_pretrained=True, device=device)
     except Exception as error:  # open_clip, the hub client and the network each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"text encoder clip, {encoder.model!r} with {pretrained!r}: cannot be loaded ({reason}); "
+            f"text encoder clip, {encoder.model!r} with {pretrained!r}: cannot be loaded ({first_line(error)}); "
             "check the name and the network, give a local .safetensors file, or use the encoder 'minilm'"
         ) from error
     tokenizer = open_clip.get_tokenizer(encoder.model)

@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 from torch import nn
 
 from cpdiff_core.artifacts import ResumeState, read_json, read_tensors, write_json, write_tensors
-from cpdiff_core.config import MAX_CANDIDATES, Config, RuntimeConfig, UserError
+from cpdiff_core.config import MAX_CANDIDATES, Config, RuntimeConfig, UserError, first_line
 from cpdiff_core.generator.conditions import ConditionConfig, ConditionProjection
 from cpdiff_core.generator.training import TrainingConfig, generator_for, train
 from cpdiff_core.generator.unet1d import UNet1d, UNetConfig
@@ -236,9 +236,8 @@ def check_sampling(config: DiffusionConfig, sampling: SamplingConfig) -> None:
         for t in scheduler.timesteps:
             x_VCL = scheduler.step(0 * scheduler.scale_model_input(x_VCL, t), t, x_VCL, **options).prev_sample
     except Exception as error:  # each scheduler has its own faults, and none of them is of our making
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise UserError(
-            f"scheduler {sampling.scheduler!r}: cannot take {sampling.num_inference_steps} steps here ({reason}); "
+            f"scheduler {sampling.scheduler!r}: cannot take {sampling.num_inference_steps} steps here ({first_line(error)}); "
             f"use {', '.join(_SHORT_NAMES)}"
         ) from error
 
@@ -269,8 +268,7 @@ def build_scheduler(config: DiffusionConfig, name: str) -> Any:
     try:
         return scheduler(**{key: value for key, value in wanted.items() if key in known})
     except Exception as error:  # each has its own demands
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"scheduler {name!r}: cannot be made ({reason}); use {', '.join(_SHORT_NAMES)}") from error
+        raise UserError(f"scheduler {name!r}: cannot be made ({first_line(error)}); use {', '.join(_SHORT_NAMES)}") from error
 
 
 def _clean(

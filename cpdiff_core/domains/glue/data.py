@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from cpdiff_core.config import Config, LocalFile, UserError
+from cpdiff_core.config import Config, LocalFile, UserError, first_line
 from cpdiff_core.domains.base_models import BaseModel, load_tokenizer
 from cpdiff_core.domains.glue.table_files import PARQUET, TEXT_READING, UnreadableTable, read_table
 from cpdiff_core.domains.glue.text_tasks import ExcerptData, FileData, GlueData, HubData, TextTask
@@ -126,9 +126,8 @@ def _resolve_hub(name: str, hub: HubData) -> ResolvedHub:
             validation_split=hub.validation_split,
         )  # fmt: skip
     except Exception as error:  # the hub's client and whichever HTTP library it has raise their own
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
-            f"task {name!r}: dataset {hub.dataset!r} cannot be had from the hub ({reason}); give local files with "
+            f"task {name!r}: dataset {hub.dataset!r} cannot be had from the hub ({first_line(error)}); give local files with "
             "--data-dir DIR (DIR/glue/<task>/train.parquet and validation.parquet), or run quickstart on the excerpt"
         ) from error
 
@@ -149,9 +148,9 @@ def _read_frame(task: ResolvedTask, which: Literal["train", "validation"]) -> tu
     try:
         table = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.commit)
     except Exception as error:  # the library raises many types; each means that this split cannot be had
-        reason = str(error.__cause__ or error).splitlines()[0][:160]
         raise UserError(
-            f"task {task.name!r}: dataset {source.dataset!r} cannot be read ({reason}); check subset and splits"
+            f"task {task.name!r}: dataset {source.dataset!r} cannot be read ({first_line(error.__cause__ or error)}); "
+            "check subset and splits"
         ) from error
     return table.to_pandas(), f"{source.dataset} {split}"
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from cpdiff_core.config import first_line
+
 PARQUET = ".parquet"
 TEXT_READING = 2
 """Raised when CSV or JSON files are read differently than before; part of what such data is."""
@@ -44,10 +46,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise UnreadableTable("has no rows") from error
     except pd.errors.ParserError as error:
-        reason = re.sub(r"^.*C error: ", "", str(error).splitlines()[0])
-        raise UnreadableTable(
-            f"cannot be read ({reason[:160]}); put texts with commas or line breaks between quotes"
-        ) from error
+        reason = re.sub(r"^.*C error: ", "", first_line(error))
+        raise UnreadableTable(f"cannot be read ({reason}); put texts with commas or line breaks between quotes") from error
     names = [str(name) for name in table.iloc[0]]
     if len(names) == 1 and (mark := re.search(r"[;\t|]", names[0])):
         raise UnreadableTable(f"has a single column {names[0]!r}; separate its columns by commas, not by {mark[0]!r}")
@@ -74,7 +74,7 @@ def _read_json(path: Path) -> pd.DataFrame:
     except json.JSONDecodeError as error:
         raise UnreadableTable(f"cannot be read (line {before + error.lineno} is not JSON: {error.msg}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        raise UnreadableTable(f"cannot be read ({str(error).splitlines()[0][:160]}); {remedy}") from error
+        raise UnreadableTable(f"cannot be read ({first_line(error)}); {remedy}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UnreadableTable(f"cannot be read (row {number} is no object); {remedy}")
@@ -96,5 +96,5 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True)
             return table.to_pandas()  # type: ignore[no-any-return]
     except (ArrowException, OSError, datasets.exceptions.DatasetGenerationError, NotImplementedError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0][:160]
+        reason = first_line(error.__cause__ or error)
         raise UnreadableTable(f"cannot be read ({reason}); check the file") from error

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cpdiff_core.artifacts import Artifact, checked
-from cpdiff_core.config import Config, LocalFile, UserError
+from cpdiff_core.config import Config, LocalFile, UserError, first_line
 from cpdiff_core.domains.base_models import embedded_minilm, fetch_from_hub
 from cpdiff_core.generator.diffusion import DiffusionConfig
 from cpdiff_core.generator.training import TrainingConfig
@@ -191,8 +191,7 @@ def load_transformer(base: StyleBase, root: Path) -> nn.Module:
             state = {key: value.float() for part in parts for key, value in load_file(str(part)).items()}
             model.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"base model in {str(folder)!r}: cannot be loaded ({reason})") from error
+        raise UserError(f"base model in {str(folder)!r}: cannot be loaded ({first_line(error)})") from error
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
 
