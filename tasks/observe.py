@@ -50,7 +50,7 @@ def watched(artifact: Artifact) -> Iterator[None]:
     try:
         with awaiting_signal(), observed(watch):
             yield
-        watch.complete()
+        watch.ended()
     finally:
         watch.close()
 
@@ -78,10 +78,12 @@ class _Watch:
             return self._goes_on()
         return True
 
-    def complete(self) -> None:
-        for identifier in self._progress.values():
-            with suppress(Exception):
-                update_progress_artifact(identifier, progress=100.0)
+    def ended(self) -> None:
+        """Of a stage that is there nobody asks how far it is, and a run's report would stand among dozens of such."""
+        if self._client is not None:
+            for identifier in self._progress.values():
+                with suppress(Exception):
+                    self._client.delete_artifact(identifier)
 
     def close(self) -> None:
         self._losses.close()

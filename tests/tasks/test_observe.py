@@ -6,6 +6,7 @@ import csv
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,24 @@ def test_cancelled_run_stops_in_seconds_and_goes_on_where_it_stopped(artifact_ro
     assert f"march from {state[1]['step']}" in logged(artifact_root)
 
 
-def test_progress_is_an_artifact_in_the_ui(artifact_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "SHOWN_SECONDS", 0.5)
-    march_in_flow(STEPS // 2, False)
-    key = f"march-{march.artifact(STEPS // 2).fingerprint}"
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
-    assert [item.type for item in found] == ["progress"]
-    assert float(found[0].data) == 100.0
+def test_progress_is_an_artifact_in_the_ui_until_the_stage_is_there(
+    artifact_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "SHOWN_SECONDS", 0.2)
+    key = f"march-{march.artifact(STEPS).fingerprint}"
+    with ThreadPoolExecutor(1) as pool, get_client(sync_client=True) as client:
+
+        def shown() -> list[tuple[str | None, float]]:
+            found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+            return [(item.type, float(str(item.data))) for item in found]
+
+        running = pool.submit(march_in_flow, STEPS, False)
+        wait_for(lambda: shown() or running.done())
+        ((kind, percent),) = shown()
+        assert kind == "progress"
+        assert 0.0 < percent < 100.0
+        running.result()
+        assert shown() == []
 
 
 def test_tensorboard_reads_the_losses_of_the_csv_file(artifact_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
