@@ -52,6 +52,7 @@ def with_engine(flow: Any, default: str | None = None) -> Any:
     except ImportError as error:
         raise UserError(f"{VARIABLE} {value!r}: needs another package; pip install 'cpdiff[dask]'") from error
     logging.getLogger("distributed").setLevel(logging.ERROR)  # it tells of every connection
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # of a lost one by a traceback; we tell it in a line
     if value.startswith("local:"):
         if not (number := value.removeprefix("local:")).isdigit() or int(number) < 1:
             raise UserError(f"{VARIABLE} {value!r}: must be local:<number of processes> or a scheduler's address")

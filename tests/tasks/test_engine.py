@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -158,6 +159,11 @@ def test_fault_on_a_worker_is_the_users_line(artifact_root: Path, scheduler: str
 def test_scheduler_that_is_not_there_is_one_line(artifact_root: Path, start) -> None:
     start(run_on_nobody, "tcp://127.0.0.1:9").join(60)
     assert re.match(r"CPDIFF_DASK 'tcp://127.0.0.1:9': .*; start the scheduler and its workers$", _error(artifact_root))
+
+
+def test_dask_tells_of_no_lost_connection_by_a_traceback_which_the_flow_tells_in_a_line() -> None:
+    with_engine(spread, "tcp://127.0.0.1:9")
+    assert not logging.getLogger("distributed.client").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.parametrize(
