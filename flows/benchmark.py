@@ -25,7 +25,7 @@ from tasks.prefect_artifacts import table_rows
 from tasks.stage import root
 
 
-@flow(name="run-benchmarks", persist_result=False)
+@flow(name="run-benchmarks", flow_run_name="benchmarks on {base_model}", persist_result=False)
 def run_benchmarks(
     parts: tuple[Part, ...] = ALL_PARTS, base_model: str = "minilm-l6", steps: int | None = None,
     config: str | None = None, runtime: RuntimeConfig = RuntimeConfig(),

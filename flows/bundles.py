@@ -24,7 +24,7 @@ from tasks import bundle_stages, stages
 from tasks.stage import folder, root
 
 
-@flow(name="bundle-generator", persist_result=False)
+@flow(name="bundle-generator", flow_run_name="generator of {experiment.name}", persist_result=False)
 def bundle_experiment(
     experiment: ExperimentConfig, runtime: RuntimeConfig = RuntimeConfig(), num_references: int = 4
 ) -> str:

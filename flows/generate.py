@@ -22,7 +22,7 @@ from flows.startup import portable
 from flows.style_bundles import bundle_style_experiment
 
 
-@flow(name="generate-adapters", persist_result=False)
+@flow(name="generate-adapters", flow_run_name="adapters from {generator}", persist_result=False)
 def generate_adapters(
     generator: str, request: AdapterRequest, out: str, runtime: RuntimeConfig = RuntimeConfig()
 ) -> list[str]:

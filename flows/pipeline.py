@@ -35,7 +35,7 @@ from tasks.prefect_artifacts import publish
 from tasks.stage import folder
 
 
-@flow(name="run-experiment", persist_result=False)
+@flow(name="run-experiment", flow_run_name="{experiment.name}", persist_result=False)
 def run_experiment(experiment: ExperimentConfig = QUICKSTART, runtime: RuntimeConfig = RuntimeConfig()) -> str:
     """Run one experiment and return the path of its report.
 

@@ -38,7 +38,7 @@ NUM_TRAJECTORIES = 5
 """Noises whose way to the weights is drawn (paper: five)."""
 
 
-@flow(name="run-style-experiment", persist_result=False)
+@flow(name="run-style-experiment", flow_run_name="{experiment.name}", persist_result=False)
 def run_style_experiment(experiment: StyleExperimentConfig = QUICKSTART_STYLE, runtime: RuntimeConfig = RuntimeConfig()) -> str:
     """Run one style experiment and return the path of its report.
 

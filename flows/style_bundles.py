@@ -21,7 +21,7 @@ from tasks.stage import folder, root
 from tasks.style_bundle_stages import bundle_style_generator
 
 
-@flow(name="bundle-style-generator", persist_result=False)
+@flow(name="bundle-style-generator", flow_run_name="generator of {experiment.name}", persist_result=False)
 def bundle_style_experiment(
     experiment: StyleExperimentConfig, runtime: RuntimeConfig = RuntimeConfig(), num_references: int = 1
 ) -> str:

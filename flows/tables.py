@@ -28,7 +28,7 @@ EXCERPT_HARVEST = 50
 EXCERPT_ARMS = ("no-LoRA", "original (oracle)", "original (selected)", "model soup", "generated", "generated (mean)", "full")
 
 
-@flow(name="reproduce-table", persist_result=False)
+@flow(name="reproduce-table", flow_run_name="{table} on {base}, {data} data", persist_result=False)
 def reproduce_table(
     table: TableName = "table1", base: BaseName = "minilm-l6", num_seeds: int = 1, data: Data = "full",
     runtime: RuntimeConfig = RuntimeConfig(),

@@ -82,7 +82,7 @@ def import_zoo(
     return str(folder(bundle_stages.bundle_generator(card, generator, heads, zoo, num_references)))
 
 
-@flow(name="export-zoo", persist_result=False)
+@flow(name="export-zoo", flow_run_name="zoo of {experiment.name}", persist_result=False)
 def export_zoo(
     experiment: ExperimentConfig, out: str, num: int | None = None, runtime: RuntimeConfig = RuntimeConfig()
 ) -> str:

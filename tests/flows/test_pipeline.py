@@ -16,6 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from cli_child import CommandLine
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 from safetensors.torch import load_file
 from tiny import sentences, write_jsonl
 
@@ -61,6 +63,9 @@ def test_whole_run_leaves_every_artifact_and_the_second_run_computes_nothing(
 ) -> None:
     report, computed, cached = run(tiny_values)
     assert set(cached) <= set(computed), "nothing was there before"
+    with get_client(sync_client=True) as client:
+        (latest,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert latest.name == tiny_values["name"]
     stages = {path.split("/")[0] for path in artifacts(artifact_root)}
     assert stages >= {
         "fit_head", "harvest_checkpoints", "fit_normalization", "fit_autoencoder", "encode_conditions", "fit_diffusion",
