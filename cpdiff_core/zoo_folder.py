@@ -70,15 +70,20 @@ class ZooTask(Config):
 
 
 def find_zoo(folders: Sequence[Path], descriptions: Mapping[str, str]) -> list[ZooTask]:
-    """The tasks in `folders`, each a task's folder or a folder of such. descriptions: task -> words, over task.json.
+    """The tasks in `folders`, each a task's folder or a folder of such with task.json. descriptions: task -> words, over
+    task.json.
 
-    Raises UserError for a folder without adapters, a task that occurs twice, or a description for no task.
+    Raises UserError for a folder without adapters, or of which one cannot know whether its folders are tasks, a task that
+    occurs twice, or a description for no task.
     """
     tasks: dict[str, ZooTask] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"zoo {str(folder)!r}: no such folder; check the path")
-        inner = sorted(path.parent for path in folder.glob(f"*/{TASK_FILE}"))
+        inner = []
+        if not (folder / TASK_FILE).is_file():
+            inner = sorted(path.parent for path in folder.glob(f"*/{TASK_FILE}"))
+            _check_one_task(folder, inner)
         for path in inner or [folder]:
             task = _task_of(path, descriptions)
             if task.card.name in tasks:
@@ -87,6 +92,18 @@ def find_zoo(folders: Sequence[Path], descriptions: Mapping[str, str]) -> list[Z
     if unknown := sorted(set(descriptions) - set(tasks)):
         raise UserError(f"--describe {unknown[0]!r}: is none of the tasks found: {', '.join(tasks)}")
     return list(tasks.values())
+
+
+def _check_one_task(folder: Path, inner: Sequence[Path]) -> None:
+    """Raises UserError if folders of adapters lie in `folder` that nothing says to be tasks, or one task's runs."""
+    ways = [config.parent.relative_to(folder).parts for config in folder.rglob(CONFIG_FILE)]
+    allowed = 0 if inner else 1  # a task's adapters, or those of its only run
+    outer = sorted({way[0] for way in ways if len(way) > allowed} - {path.name for path in inner})
+    if len(outer) > allowed:
+        raise UserError(
+            f"zoo {str(folder)!r}: adapters lie in its folder {outer[0]!r}, which has no {TASK_FILE}; give each task's folder "
+            f"by its own path, or, if all are runs of one task, put a {TASK_FILE} that holds {{}} into {str(folder)!r}"
+        )
 
 
 def _task_of(path: Path, descriptions: Mapping[str, str]) -> ZooTask:

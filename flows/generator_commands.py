@@ -99,7 +99,7 @@ def export_generator(
 
 
 def import_zoo(
-    folders: Annotated[list[Path], typer.Argument(help="A folder of PEFT folders per task, or a folder of such.")],
+    folders: Annotated[list[Path], typer.Argument(help="A folder of PEFT folders per task, or one of such with task.json.")],
     out: Out,
     describe: Annotated[list[str] | None, typer.Option(help="TASK=its description in words; may be repeated.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if the adapters do not name it.")] = None,

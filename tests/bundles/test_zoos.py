@@ -136,3 +136,20 @@ def test_zoos_that_do_not_fit_together_are_each_one_clear_error(bundled, root, t
     (tmp_path / "a" / "task.json").unlink()
     with pytest.raises(UserError, match="has no description"):
         import_zoo([str(tmp_path / "a")], {}, None, ZooGeneratorConfig(), bundled.runtime)
+
+
+def test_folders_of_which_nothing_says_whether_they_are_tasks_are_not_taken_for_one_task(bundled, tmp_path) -> None:
+    zoo = tmp_path / "zoo"
+    for task in ("a", "b"):
+        save_peft(zoo / task / "checkpoint-1", bundled.base.folder, 0)
+    with pytest.raises(UserError, match=r"zoo': adapters lie in its folder 'a', which has no task.json; give each task's"):
+        find_zoo([zoo], {})
+    assert [task.card.name for task in find_zoo([zoo / "a", zoo / "b"], {})] == ["a", "b"]
+    (zoo / "a" / "task.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its folder 'b', which has no task.json"):
+        find_zoo([zoo], {})
+    (zoo / "b" / "task.json").write_text("{}")
+    assert [task.card.name for task in find_zoo([zoo], {})] == ["a", "b"]
+    (zoo / "task.json").write_text("{}")
+    (task,) = find_zoo([zoo], {})
+    assert (task.card.name, len(task.adapters)) == ("zoo", 2)
