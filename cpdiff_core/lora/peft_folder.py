@@ -108,6 +108,11 @@ def read_adapter(folder: Path) -> PeftAdapter:
         raise UserError(f"{where}: {CONFIG_FILE} lacks r, lora_alpha or target_modules; save it again") from error
     tensors = _read_weights(folder, where)
     lora_tensors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    if other := [name for name in lora_tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise UserError(
+            f"{where}: {other[0].removeprefix(_PREFIX)} is no factor of a linear layer; only plain LoRA can be read, save it "
+            "without embeddings among its target_modules"
+        )
     ranks = {tensor.shape[0] for name, tensor in lora_tensors.items() if name.endswith("lora_A.weight")}
     if ranks - {lora.rank}:
         raise UserError(f"{where}: {CONFIG_FILE} says r = {lora.rank}, its weights have rank {sorted(ranks)}; mend it")

@@ -187,6 +187,9 @@ def saved_reference(base, lora, row, w_K, layout, head) -> torch.nn.Module:
     return model
 
 
+EMBEDDING = "base_model.model.bert.embeddings.word_embeddings.lora_embedding_A"
+
+
 def test_foreign_and_damaged_folders_are_each_one_clear_error(bundled, delivered, tmp_path: Path) -> None:
     layout = Generator.load(bundled.folder).card.layout
 
@@ -210,6 +213,7 @@ def test_foreign_and_damaged_folders_are_each_one_clear_error(bundled, delivered
         (changed("targets", {"target_modules": 5}), "lacks r, lora_alpha or target_modules"),
         (changed("nan", tensors=lambda s: s.update({name: s[name] * float("nan")})), "not finite; leave this adapter out"),
         (changed("rank", {"r": 4}), "r = 4"),
+        (changed("embedding", tensors=lambda s: s.update({EMBEDDING: torch.zeros(1, 9)})), "no factor of a linear layer"),
         (changed("missing", tensors=lambda state: state.pop(name)), "missing"),
         (changed("extra", tensors=lambda s: s.update({name.replace("r.0", "r.9"): s[name].clone()})), "unexpected"),
         (changed("shape", tensors=lambda s: s.update({layout.names[1]: torch.zeros(5, 2)})), "shape"),
