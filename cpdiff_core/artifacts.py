@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -56,7 +57,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write `tensors` as one safetensors file, on the CPU and contiguous. The bytes depend on the values only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    path.touch()
+    rights = path.stat().st_mode  # of any new file here; safetensors puts another in its place, for its owner alone
     save_file(plain, str(path), metadata=dict(metadata or {}))
+    path.chmod(stat.S_IMODE(rights))
+
+
+def give_usual_rights(folder: Path) -> None:
+    """Of a model's folder as libraries save it: its safetensors, which only their owner may read, get config.json's rights."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
 
 
 def check_out(out: Path) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field
 
-from cpdiff_core.artifacts import write_json
+from cpdiff_core.artifacts import give_usual_rights, write_json
 from cpdiff_core.bundle import Generator
 from cpdiff_core.cards import ArmScore, BaseReference, GeneratorCard, TaskCard
 from cpdiff_core.config import Config
@@ -134,6 +134,7 @@ def write_merged(out: Path, adapter: Path, base: BaseModel, labels: tuple[str, .
             merged.config.id2label = dict(enumerate(labels))
             merged.config.label2id = {label: number for number, label in enumerate(labels)}
         merged.save_pretrained(str(out))
+    give_usual_rights(out)
     logging.enable_progress_bar()
     for pattern in TOKENIZER_FILES:
         for path in base.folder.glob(pattern):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from cpdiff_core.artifacts import write_json
+from cpdiff_core.artifacts import give_usual_rights, write_json
 from cpdiff_core.config import Config
 from cpdiff_core.domains.style.base import StyleBase, load_transformer
 from cpdiff_core.export import CARD, FACTS, NearestAdapter, metadata, nearest_of, render
@@ -69,6 +69,7 @@ def write_style_adapter(folder: Path, w_K: torch.Tensor, layout: ParameterLayout
 def write_plain_base(out: Path, base: StyleBase, root: Path) -> None:
     """A tiny base as diffusers keeps models, so that its adapters can be used without cpdiff."""
     load_transformer(base, root).save_pretrained(str(out))  # type: ignore[operator]
+    give_usual_rights(out)
 
 
 def write_merged_transformer(out: Path, adapter: Path, base: StyleBase, root: Path) -> None:
@@ -82,6 +83,7 @@ def write_merged_transformer(out: Path, adapter: Path, base: StyleBase, root: Pa
         adapted = PeftModel.from_pretrained(copy.deepcopy(load_transformer(base, root)), str(adapter))  # type: ignore[arg-type]
     merged: Any = adapted.merge_and_unload()
     merged.save_pretrained(str(out / _TRANSFORMER))
+    give_usual_rights(out / _TRANSFORMER)
     (out / CARD).write_text((adapter / CARD).read_text(encoding="utf-8"), encoding="utf-8")
 
 

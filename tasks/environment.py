@@ -177,6 +177,11 @@ def disk_fault(error: Exception) -> UserError | None:
     """
     path = root()
     if isinstance(error, OSError) and (place := Path(str(error.filename))).is_relative_to(path):
+        if error.errno == errno.EACCES and place != path:
+            return UserError(
+                f"root {str(path)!r}: {str(place.relative_to(path))!r} cannot be used ({error.strerror}); choose another folder "
+                f"with --root or {ROOT_VARIABLE}, or let all who share this one be of its group and work with umask 002"
+            )
         if error.errno in _READ_ONLY:
             return UserError(
                 f"root {str(path)!r}: cannot be written ({error.strerror}); choose a writable folder with --root or "

@@ -6,8 +6,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from cpdiff_core.artifacts import MANIFEST, PROVENANCE, Artifact, provenance_of, read_table, seal, verify, write_json
+from cpdiff_core.artifacts import (
+    MANIFEST,
+    PROVENANCE,
+    Artifact,
+    ResumeState,
+    provenance_of,
+    read_table,
+    seal,
+    verify,
+    write_json,
+    write_tensors,
+)
 from cpdiff_core.config import UserError
 
 
@@ -25,6 +37,15 @@ def test_every_flipped_bit_of_a_manifest_is_named(tmp_path: Path) -> None:
             if not verify(tmp_path):
                 unnoticed.append((place, bit))
     assert unnoticed == []
+
+
+def test_tensors_may_be_read_by_whom_other_new_files_may(tmp_path: Path) -> None:
+    """safetensors itself writes for the owner alone, so that a root could not be shared."""
+    (tmp_path / "other").touch()
+    write_tensors(tmp_path / "numbers.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "numbers.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    ResumeState(tmp_path / "state").save({"a": torch.zeros(2)}, {})
+    assert (tmp_path / "state" / "state.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])

@@ -98,6 +98,8 @@ def test_merged_model_is_a_plain_classifier_with_the_same_logits(bundled, delive
     merged = AutoModelForSequenceClassification.from_pretrained(delivered / "merged")
     torch.testing.assert_close(logits(merged, delivered / "merged", texts), expected, rtol=1e-4, atol=1e-5)
     assert merged.config.id2label == {0: "no", 1: "yes"}
+    rights = {path.stat().st_mode for path in (delivered / "merged").iterdir()}
+    assert len(rights) == 1, "whoever may read the configuration may read the weights"
 
 
 @pytest.mark.parametrize("name", ["chosen", "merged"])

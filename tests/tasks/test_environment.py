@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
 from cpdiff_core.config import UserError
-from tasks.environment import check_root, prepare
+from tasks.environment import check_root, disk_fault, prepare
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -41,7 +42,7 @@ sys.addaudithook(hook)
 EMBEDDED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from tasks.environment import check_root, prepare
+from tasks.environment import check_root, disk_fault, prepare
 from tasks.server import start_server
 
 root = prepare(offline=True)
@@ -223,3 +224,11 @@ def test_events_still_to_be_sent_at_the_end_are_no_ones_concern(tmp_path: Path, 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert ("Still processing items" in done.stderr) == told
     assert told or done.stderr == ""
+
+
+def test_what_another_user_has_made_for_himself_alone_is_told_with_what_all_must_do(artifact_root: Path) -> None:
+    fault = disk_fault(PermissionError(errno.EACCES, "Permission denied", str(artifact_root / "fit_head" / "ab")))
+    assert "'fit_head/ab' cannot be used (Permission denied)" in str(fault)
+    assert str(fault).endswith("of its group and work with umask 002")
+    read_only = disk_fault(OSError(errno.EROFS, "Read-only file system", str(artifact_root / "fit_head" / "ab")))
+    assert "cannot be written (Read-only file system)" in str(read_only)
