@@ -214,7 +214,7 @@ def check_sampling(config: DiffusionConfig, sampling: SamplingConfig) -> None:
     """Whether a model with this noise process can be sampled so; known before anything is trained.
 
     Raises UserError for guidance of a model trained without condition dropout, for more reverse steps than T, and for
-    a scheduler that is unknown, is not for this process, or fails when it is run on a single number.
+    a scheduler that is unknown, is not for this process, fails, or does not lead back to a single number.
     """
     if sampling.guidance_scale != 1 and config.condition_dropout == 0:
         raise UserError(
@@ -228,18 +228,40 @@ def check_sampling(config: DiffusionConfig, sampling: SamplingConfig) -> None:
         )
     if sampling.scheduler in _SHORT_NAMES:
         return
-    scheduler = build_scheduler(config, sampling.scheduler)
     try:
-        scheduler.set_timesteps(sampling.num_inference_steps)
-        options = _step_options(scheduler, sampling, 0, 1, 1)
-        x_VCL = torch.ones(1, 1, 1) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            x_VCL = scheduler.step(0 * scheduler.scale_model_input(x_VCL, t), t, x_VCL, **options).prev_sample
+        end = _end_of_a_point(config, sampling)
+    except UserError:
+        raise
     except Exception as error:  # each scheduler has its own faults, and none of them is of our making
         raise UserError(
             f"scheduler {sampling.scheduler!r}: cannot take {sampling.num_inference_steps} steps here ({first_line(error)}); "
             f"use {', '.join(_SHORT_NAMES)}"
         ) from error
+    # Some stop at the first step of the noise and leave what it added.
+    if not abs(end - 1) < max(0.02, 2 * config.beta_start**0.5):
+        raise UserError(
+            f"scheduler {sampling.scheduler!r}: its {sampling.num_inference_steps} steps do not undo this noise: where all data "
+            f"is 1 they lead to {end:.3g}; use more steps, or {', '.join(_SHORT_NAMES)}"
+        )
+
+
+@torch.no_grad()
+def _end_of_a_point(config: DiffusionConfig, sampling: SamplingConfig) -> float:
+    """What the sampler draws where all data is the number 1 and each prediction is the true one: about 1, if it is a
+    sampler of this process."""
+    scheduler = build_scheduler(config, sampling.scheduler)
+    scheduler.set_timesteps(sampling.num_inference_steps)
+    alpha_bars = build_scheduler(config, "ddpm").alphas_cumprod
+    options = _step_options(scheduler, sampling, 0, 1, 1)
+    x_VCL = torch.ones(1, 1, 1) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        input_VCL = scheduler.scale_model_input(x_VCL, t)
+        alpha_bar = alpha_bars[t.round().long().clamp(0, len(alpha_bars) - 1)]
+        output_VCL = (input_VCL - alpha_bar.sqrt()) / (1 - alpha_bar).clamp_min(1e-12).sqrt()
+        if config.prediction_type == "v_prediction":
+            output_VCL = alpha_bar.sqrt() * output_VCL - (1 - alpha_bar).sqrt()
+        x_VCL = scheduler.step(output_VCL, t, x_VCL, **options).prev_sample
+    return float(x_VCL)
 
 
 def build_scheduler(config: DiffusionConfig, name: str) -> Any:

@@ -8,7 +8,7 @@ generator need learn nothing of a task; with task + vector it must produce the w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from pydantic import Field
@@ -62,7 +62,9 @@ class Normalizer:
             return cls(config, tasks, {_ALL: (torch.zeros(1), torch.ones(1))})
         if config.scope == "batch":
             return cls(config, tasks, {_ALL: _mean_and_std(list(w_NK_by_task.values()), config.axis)})
-        return cls(config, tasks, {task: _mean_and_std([w_NK], config.axis) for task, w_NK in w_NK_by_task.items()})
+        if config.scope == "task":
+            return cls(config, tasks, {task: _mean_and_std([w_NK], config.axis) for task, w_NK in w_NK_by_task.items()})
+        assert_never(config.scope)
 
     def normalize(self, task: str, w_VK: torch.Tensor) -> torch.Tensor:
         """Weights to normalised units, same shape. Raises UserError for a task without statistics."""
@@ -103,7 +105,7 @@ class Normalizer:
         return mean.to(w_VK.device), std.to(w_VK.device)
 
 
-def _mean_and_std(parts: list[torch.Tensor], axis: str) -> _Pair:
+def _mean_and_std(parts: list[torch.Tensor], axis: Literal["coordinate", "vector"]) -> _Pair:
     """Population mean and std over rows (coordinate) or over everything (vector), accumulated in float64."""
     total = sum(part.sum(0, dtype=torch.float64) for part in parts)
     count = sum(part.shape[0] for part in parts)

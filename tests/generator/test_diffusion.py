@@ -230,6 +230,8 @@ def test_scheduler_is_found_by_class_name_and_refused_by_a_wrong_one() -> None:
         ({"scheduler": "UnCLIPScheduler"}, "'UnCLIPScheduler': (is for another|cannot be made)"),
         ({"scheduler": "CogVideoXDPMScheduler"}, "'CogVideoXDPMScheduler': cannot take 50 steps here .*; use ddpm, ddim"),
         ({"scheduler": "PNDMScheduler", "num_inference_steps": 3}, "'PNDMScheduler': cannot take 3 steps here"),
+        ({"scheduler": "DDIMInverseScheduler"}, r"its 50 steps do not undo this noise: where all data is 1 they lead to 0\.2"),
+        ({"scheduler": "CogVideoXDDIMScheduler", "num_inference_steps": 5}, "its 5 steps do not undo this noise"),
     ],
 )
 def test_sampling_that_cannot_be_is_refused_before_anything_is_trained(sampling, message) -> None:
@@ -240,3 +242,18 @@ def test_sampling_that_cannot_be_is_refused_before_anything_is_trained(sampling,
         ExperimentConfig(tasks=(excerpt("sst2"),), sampling=config)
     with pytest.raises(ValueError, match=message):
         ZooGeneratorConfig(sampling=config)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["Euler", "EulerAncestral", "Heun", "UniPCMultistep", "DEISMultistep", "LCM", "TCD"])
+def test_samplers_of_this_process_are_taken_with_few_steps(name: str, prediction_type) -> None:
+    full = next(found for found in (f"{name}DiscreteScheduler", f"{name}Scheduler") if hasattr(diffusers, found))
+    for beta_start in (1e-7, 1e-4, 1e-3):
+        config = DiffusionConfig(prediction_type=prediction_type, beta_start=beta_start)
+        check_sampling(config, SamplingConfig(scheduler=full, num_inference_steps=3))
+
+
+def test_sampler_that_explodes_on_another_schedule_of_the_noise_is_refused() -> None:
+    config = DiffusionConfig(beta_schedule="squaredcos_cap_v2")
+    with pytest.raises(UserError, match="'PNDMScheduler': its 10 steps do not undo this noise"):
+        check_sampling(config, SamplingConfig(scheduler="PNDMScheduler", num_inference_steps=10))
