@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 from cpdiff_core.config import UserError, check_path
@@ -149,6 +150,8 @@ def check_root(path: Path) -> None:
             probe.write(bytes(4096))
             probe.flush()
             os.fsync(probe.fileno())
+        with suppress(FileNotFoundError):
+            (path / ("x" * 100) / ("x" * 100)).lstat()  # as deep as what stages write
     except OSError as error:
         if error.errno in _FULL:
             raise _full(path) from error
@@ -164,6 +167,13 @@ _NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)
 
 
 def _full(path: Path) -> UserError:
+    with suppress(OSError):
+        disk = os.statvfs(path)
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
+            return UserError(
+                f"root {str(path)!r}: the disk takes no more files, though it has space (no inodes); remove some files or choose "
+                f"another disk with --root or {ROOT_VARIABLE}, and run again: finished stages are kept"
+            )
     return UserError(
         f"root {str(path)!r}: the disk is full; free some space or choose another disk with --root or "
         f"{ROOT_VARIABLE}, and run again: finished stages are kept"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
@@ -148,6 +150,24 @@ def test_root_that_cannot_be_used_is_one_line_with_the_remedy(tmp_path: Path, pa
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^root '.*': cannot be used \(.*\); choose a writable folder with --root"):
         check_root(Path(path.format(tmp=tmp_path)))
+
+
+def test_root_below_which_names_are_too_long_for_stages_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path
+    while len(str(path)) < 3_790:
+        path /= "d" * 95
+    check_root(path)
+    with pytest.raises(UserError, match=r"cannot be used \(File name too long\)"):
+        check_root(path / ("d" * (3_990 - len(str(path)))))
+
+
+@pytest.mark.parametrize(("inodes", "message"), [(0, "takes no more files.*no inodes"), (9, "the disk is full; free some")])
+def test_a_disk_with_space_and_no_inodes_is_told_as_such(
+    artifact_root: Path, monkeypatch: pytest.MonkeyPatch, inodes: int, message: str
+) -> None:
+    sizes = SimpleNamespace(f_files=100, f_favail=inodes, f_bavail=1000)
+    monkeypatch.setattr(os, "statvfs", lambda path: sizes)
+    assert re.search(message, str(disk_fault(OSError(errno.ENOSPC, "No space left on device"))))
 
 
 def test_root_with_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
