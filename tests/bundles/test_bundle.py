@@ -14,6 +14,7 @@ from tiny import save_model
 from cpdiff_core.artifacts import read_tensors
 from cpdiff_core.bundle import POOLED, Generator, seal_generator
 from cpdiff_core.config import UserError
+from cpdiff_core.export import write_generator_card
 from cpdiff_core.generator.conditions import build_prompt
 from cpdiff_core.generators import copy_generator
 
@@ -41,6 +42,13 @@ def test_card_tells_scores_of_every_candidate_and_names_no_path(bundled) -> None
     assert readme.startswith("---\n")
     assert f"trained on {card.made['device']} at commit {card.made['commit']}, until 20" in readme
     assert f"cpdiff export-generator {card.name} --out FOLDER" in readme
+
+
+def test_card_of_a_generator_made_without_a_git_clone_names_no_commit(bundled, tmp_path: Path) -> None:
+    card = Generator.load(bundled.folder).card
+    made = {key: value for key, value in card.made.items() if key != "commit"}
+    write_generator_card(tmp_path, card.model_copy(update={"made": made}))
+    assert f"was trained on {made['device']}, until {made['finished']}." in (tmp_path / "README.md").read_text()
 
 
 def test_compact_generator_is_smaller_and_nearly_the_same(bundled, tmp_path: Path) -> None:
