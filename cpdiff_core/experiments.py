@@ -182,15 +182,15 @@ def table3(base: BaseName) -> tuple[ExperimentConfig, ...]:
 
 def table4a(base: BaseName) -> tuple[ExperimentConfig, ...]:
     """Normalisation. The released code takes statistics of each coordinate; ours (`task-vector`) of each task alone."""
-    rows: tuple[tuple[str, str, NormalizationConfig], ...] = (
+    rows: tuple[tuple[str, str | None, NormalizationConfig], ...] = (
         ("none", "no norm.", NormalizationConfig(scope="none", axis="coordinate")),
         ("batch", "batch norm.", NormalizationConfig(scope="batch", axis="coordinate")),
         ("task", "task norm.", NormalizationConfig(scope="task", axis="coordinate")),
         ("task-vector", "task norm.", NormalizationConfig(scope="task", axis="vector")),
     )
     return tuple(
-        _row(base, "table4a", label, f"Table 4a: normalisation {label}", PaperRow(table="table4a", row=paper),
-             normalization=config)
+        _row(base, "table4a", label, f"Table 4a: normalisation {label}",
+             PaperRow(table="table4a", row=paper) if paper else None, normalization=config)
         for label, paper, config in rows
     )  # fmt: skip
 

@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cpdiff_core", "tasks", "flows", "deployments")
 
@@ -29,9 +31,10 @@ def test_every_file_of_the_packages_is_installed_with_them() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == [], "packages are found by it"
 
 
-def test_readme_names_files_that_exist() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"`((?:flows|tasks|cpdiff_core)/[\w/.]*)`", text)
+@pytest.mark.parametrize("page", ["README.md", "docs/EXTENDING.md"])
+def test_page_names_files_that_exist(page: str) -> None:
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    table = re.findall(r"`((?:flows|tasks|cpdiff_core|tests)/[\w/.]*)`", text)
     assert len(table) > 6
     assert [name for name in table if not (PROJECT / name).exists()] == []
 

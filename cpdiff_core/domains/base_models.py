@@ -97,7 +97,7 @@ class BaseModel(Config):
     """A base model whose files are on this machine. Identified by their content alone."""
 
     name: str
-    family: Literal["bert", "roberta", "deberta", "gpt2"]
+    family: str = Field(description="One of FAMILIES.")
     files: tuple[LocalFile, ...]
 
     def identity(self) -> Any:
