@@ -11,6 +11,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -206,3 +207,22 @@ def disk_fault(error: Exception) -> UserError | None:
     if (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error):
         return _full(path)
     return None
+
+
+_TRIED = re.compile(r"(?:tried|unable) to allocate ([\d.]+ ?[A-Za-z]+)", re.IGNORECASE)
+
+
+def memory_fault(what: str, error: Exception) -> UserError | None:
+    """The user's version of memory that does not suffice, of the machine or of its GPU, or None if `error` is something else.
+    torch has a class of its own for the GPU alone; of the machine's it tells by a RuntimeError. what: the stage, in words."""
+    text = str(error)
+    if not (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "bad_alloc" in text))
+    ):  # fmt: skip
+        return None
+    tried = f" ({found[1]} at once)" if (found := _TRIED.search(text)) else ""
+    return UserError(
+        f"{what}: does not fit the memory{tried}; lower the batch sizes, widths or lora.rank, use a smaller base model, or a "
+        "machine with more; then run again: finished stages are kept"
+    )

@@ -21,6 +21,7 @@ from cpdiff_core.config import RuntimeConfig, UserError, fingerprint
 from cpdiff_core.domains.glue.stacks import all_devices, forget_stacks
 from cpdiff_core.progress import stop_all
 from tasks.engine import each, has_workers
+from tasks.environment import memory_fault
 from tasks.locks import hold
 from tasks.observe import awaiting_signal, watched
 from tasks.provenance import Meter
@@ -152,6 +153,10 @@ def _train_fitting(how: GroupedStage, members: Sequence[Member], runtime: Runtim
                 f"{members[0].label}: does not fit the memory of {runtime.device}; lower fine_tune.batch_size or "
                 "fine_tune.max_length, or use a smaller base model"
             ) from None
+    except (MemoryError, RuntimeError) as error:  # of the machine; a smaller pass would hardly need less
+        if (fault := memory_fault(members[0].label, error)) is not None:
+            raise fault from error
+        raise
     forget_stacks()
     torch.cuda.empty_cache()
     middle = len(members) // 2

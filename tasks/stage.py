@@ -40,7 +40,7 @@ from cpdiff_core.artifacts import Artifact, ResumeState, seal, write_json
 from cpdiff_core.config import RuntimeConfig, UserError, canonical, fingerprint
 from tasks import remote
 from tasks.code import code_behind, made_by_other_code
-from tasks.environment import disk_fault, root
+from tasks.environment import disk_fault, memory_fault, root
 from tasks.locks import FlockManager, hold
 from tasks.observe import watched
 from tasks.provenance import Meter, signed
@@ -132,7 +132,7 @@ def stage(
                     _build(folder(result), write, config, runtime, account, code_behind(body))
                 _shared(result)
             except Exception as error:
-                if (fault := disk_fault(error)) is not None:
+                if (fault := disk_fault(error) or memory_fault(f"stage {name!r}", error)) is not None:
                     raise fault from error
                 raise
             return result

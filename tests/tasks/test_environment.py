@@ -12,14 +12,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
 from cpdiff_core.config import UserError
-from tasks.environment import check_root, disk_fault, prepare
+from tasks.environment import check_root, disk_fault, memory_fault, prepare
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -44,7 +47,7 @@ sys.addaudithook(hook)
 EMBEDDED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from tasks.environment import check_root, disk_fault, prepare
+from tasks.environment import check_root, prepare
 from tasks.server import start_server
 
 root = prepare(offline=True)
@@ -252,3 +255,21 @@ def test_what_another_user_has_made_for_himself_alone_is_told_with_what_all_must
     assert str(fault).endswith("of its group and work with umask 002")
     read_only = disk_fault(OSError(errno.EROFS, "Read-only file system", str(artifact_root / "fit_head" / "ab")))
     assert "cannot be written (Read-only file system)" in str(read_only)
+
+
+def of_torch(num: int) -> None:
+    torch.empty(num, dtype=torch.float64)
+
+
+def of_numpy(num: int) -> None:
+    np.zeros(num)
+
+
+@pytest.mark.parametrize("allocate", [of_torch, of_numpy])
+def test_memory_that_does_not_suffice_is_told_in_a_line_with_what_was_asked_for(allocate: Callable[[int], None]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate(10**17)
+    fault = str(memory_fault("stage 'x'", caught.value))
+    assert re.match(r"stage 'x': does not fit the memory \([\d.]+ ?\w+ at once\); lower the batch sizes", fault)
+    assert "\n" not in fault
+    assert memory_fault("stage 'x'", RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
