@@ -51,7 +51,8 @@ something is still being sent."""
 def prepare(root: Path | None = None, offline: bool = False) -> Path:
     """Set what is not set yet, and return the root: `root`, else PREFECT_LOCAL_STORAGE_PATH, else ~/.cpdiff.
 
-    `offline` forbids the Hugging Face libraries any connection. Raises RuntimeError if Prefect has been imported.
+    `offline` forbids the Hugging Face libraries any connection. What Prefect keeps in the home folder lies below the root
+    where that cannot be written. Raises RuntimeError if Prefect has been imported.
     """
     if "prefect" in sys.modules:
         raise RuntimeError("prepare() must be called before prefect is imported, which reads the settings only once")
@@ -77,7 +78,19 @@ def prepare(root: Path | None = None, offline: bool = False) -> Path:
             f"root {str(wanted)!r}: there is no such home folder; set HOME, or give a folder with --root or {ROOT_VARIABLE}"
         ) from error
     os.environ[ROOT_VARIABLE] = str(path)
+    if "PREFECT_HOME" not in chosen and not _can_be_written(Path("~/.prefect")):
+        os.environ["PREFECT_HOME"] = str(path / ".prefect")
     return path
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether `folder` is there, or can be made, and takes a file."""
+    try:
+        folder.expanduser().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.expanduser()):
+            return True
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return False
 
 
 def _shared() -> bool:

@@ -113,6 +113,14 @@ def test_root_on_the_command_line_wins_and_offline_is_offline(tmp_path: Path) ->
     assert found["HF_HUB_OFFLINE"] == "1"
 
 
+def test_home_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
+    assert "PREFECT_HOME" not in prepared(tmp_path)
+    (tmp_path / "file").touch()
+    for home in ("/proc/nobody", str(tmp_path / "file")):
+        assert prepared(tmp_path, "Path('here')", HOME=home)["PREFECT_HOME"] == str(tmp_path / "here" / ".prefect")
+        assert prepared(tmp_path, "Path('here')", HOME=home, PREFECT_HOME="/mine")["PREFECT_HOME"] == "/mine"
+
+
 def test_users_settings_win_wherever_prefect_reads_them(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("PREFECT_LOCAL_STORAGE_PATH=~/mine\nPREFECT_LOGGING_LEVEL=INFO\nHF_HOME=/hub\n")
     (tmp_path / ".prefect").mkdir()
