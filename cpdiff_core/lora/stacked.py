@@ -192,6 +192,8 @@ class _Adapted(nn.Module):
         if tokens.masks:
             mask = tokens.masks[self.num_joined]
             return _MixedLinear.apply(x, self.down, self.up, mask, self.weight, self.bias, routing.scaling)  # type: ignore[no-any-return]
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._merged(x)
         out = F.linear(x, self.weight, self.bias)
         groups = len(self.pairs[0][0])
         down = torch.cat([a for a, _ in self.pairs], dim=1)  # S x (modules r) x in
@@ -199,6 +201,19 @@ class _Adapted(nn.Module):
         ups = [b.transpose(1, 2) for _, b in self.pairs]
         added = [torch.bmm(h, up) for h, up in zip(hidden.chunk(len(ups), dim=2), ups, strict=True)]
         return torch.add(out, torch.cat(added, dim=2).view(out.shape), alpha=routing.scaling)
+
+    def _merged(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by W + scaling B A, one adapter after the other: on a CPU, where all is float32, the small products cost
+        more than the merging."""
+        rows = x.view(len(self.pairs[0][0]), -1, self.in_features)
+        out = x.new_empty(*rows.shape[:2], self.out_features)
+        for s, x_TI in enumerate(rows):
+            weight = self.weight.clone()
+            for part, (a_SrI, b_SOr) in zip(weight.chunk(self.num_joined), self.pairs, strict=True):
+                part.addmm_(b_SOr[s], a_SrI[s], alpha=self._routing.scaling)
+            torch.mm(x_TI, weight.t(), out=out[s])
+        out = out.flatten(0, 1)
+        return out if self.bias is None else out.add_(self.bias)
 
     def _with_dropout(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Each adapted module drops entries of its own input, as PEFT does."""
