@@ -8,6 +8,7 @@ from cpdiff_core.artifacts import Artifact
 from cpdiff_core.config import RuntimeConfig
 from cpdiff_core.domains.glue.data_checks import check_data
 from cpdiff_core.domains.glue.fine_tuning import HarvestConfig
+from cpdiff_core.domains.glue.prompts import descriptions_of
 from cpdiff_core.experiments import ExperimentConfig, ResolvedExperiment
 from cpdiff_core.lora.zoo import TaskHarvests, VectorSet, Zoo
 from cpdiff_core.reports.inputs import SeedInputs
@@ -38,7 +39,8 @@ def encode_conditions(resolved: ResolvedExperiment, runtime: RuntimeConfig) -> A
     """What the generator is told of the tasks. It needs no weights, so it comes before the fine-tuning: a description that
     is too long or an encoder that is not there is told at once."""
     config = resolved.config
-    return stages.encode_conditions(config.condition, resolved.tasks, config.splits, config.seed, runtime=runtime)
+    words = descriptions_of(config.condition, resolved.tasks)
+    return stages.encode_conditions(config.condition, resolved.tasks, words, config.splits, config.seed, runtime=runtime)
 
 
 def runs_of(resolved: ResolvedExperiment) -> list[HarvestConfig]:
@@ -136,8 +138,7 @@ def rows_of(artifact: Artifact | None, first: int, num: int) -> VectorSet | None
 def harvest_together(runs: Sequence[tuple[HarvestConfig, dict[str, Artifact]]], runtime: RuntimeConfig) -> None:
     """Train the missing runs, each with the heads of its experiment, in as few passes as possible; each is committed by
     its own stage later."""
-    needed = {run: heads[run.task.name] for run, heads in runs}  # what experiments share is trained once
-    stages.harvest_together(list(needed), list(needed.values()), runtime)
+    stages.harvest_together([run for run, _ in runs], [heads[run.task.name] for run, heads in runs], runtime)
 
 
 def with_audit(

@@ -58,11 +58,9 @@ def harvest_checkpoints(
 
 
 def harvest_together(configs: Sequence[HarvestConfig], heads: Sequence[Artifact], runtime: RuntimeConfig) -> None:
-    """Train every missing run in as few passes as possible; each is committed by its own stage."""
-    members = [
-        Member(harvest_checkpoints.artifact(*work, runtime=runtime), work[0].label, work, group_key(work[0]))
-        for work in zip(configs, heads, strict=True)
-    ]
+    """Train every missing run once, in as few passes as possible; each is committed by its own stage."""
+    works = {harvest_checkpoints.artifact(*work, runtime=runtime): work for work in zip(configs, heads, strict=True)}
+    members = [Member(artifact, work[0].label, work, group_key(work[0])) for artifact, work in works.items()]
     train_together(GroupedStage(_train, _commit, ("transformers", "peft")), members, runtime)
 
 
@@ -135,10 +133,10 @@ def fit_autoencoder(
 
 @stage("encode_conditions", label=lambda config: config.kind)
 def encode_conditions(
-    out: Path, config: ConditionConfig, tasks: tuple[ResolvedTask, ...], splits: SplitConfig, seed: int, *,
-    runtime: RuntimeConfig,
+    out: Path, config: ConditionConfig, tasks: tuple[ResolvedTask, ...], descriptions: tuple[str | None, ...],
+    splits: SplitConfig, seed: int, *, runtime: RuntimeConfig,
 ) -> None:  # fmt: skip
-    y_QPE, y_QE, texts = task_conditions(config, tasks, splits, seed, device_of(runtime))
+    y_QPE, y_QE, texts = task_conditions(config, tasks, descriptions, splits, seed, device_of(runtime))
     write_tensors(out / "conditions.safetensors", {"y_QPE": y_QPE, "y_QE": y_QE})
     write_json(out / "prompts.json", {"tasks": [task.name for task in tasks], **texts.model_dump(mode="json")})
 

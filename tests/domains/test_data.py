@@ -256,7 +256,8 @@ def test_identity_is_content_not_place(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     shutil.rmtree(tmp_path / "here")
     assert key(tmp_path / "there") == before, "a moved folder changes nothing"
-    assert key(tmp_path / "there", description="Another description.") != before
+    assert key(tmp_path / "there", description="Other words.") == before, "words are for the generator alone"
+    assert key(tmp_path / "there", metrics=("matthews_correlation",)) != before
     file = tmp_path / "there" / "validation.csv"
     file.write_bytes(file.read_bytes().replace(b"sentence 7", b"sentence 8", 1))
     assert key(tmp_path / "there") != before, "a changed byte does"

@@ -6,7 +6,7 @@ import pytest
 
 from cpdiff_core.config import UserError
 from cpdiff_core.domains.glue.data import SplitConfig, examples_of
-from cpdiff_core.domains.glue.prompts import example_text, task_conditions
+from cpdiff_core.domains.glue.prompts import descriptions_of, example_text, task_conditions
 from cpdiff_core.generator.conditions import (
     FewShotCondition,
     LearnedCondition,
@@ -18,6 +18,10 @@ from cpdiff_core.generator.conditions import (
 SPLITS = SplitConfig()
 
 
+def conditions_of(condition, tasks, seed: int = 0):
+    return task_conditions(condition, tasks, descriptions_of(condition, tasks), SPLITS, seed, "cpu")
+
+
 def examples_in(prompt: str, task) -> set[str]:
     lines = {example_text(task.task, texts, 0).split(" -> ")[0] for texts in examples_of(task, SPLITS, "train").texts}
     return {line for line in lines if f"{line} -> " in prompt}
@@ -26,7 +30,7 @@ def examples_in(prompt: str, task) -> set[str]:
 def test_held_out_prompt_shares_no_example_with_training_prompts(make_task) -> None:
     tasks = (make_task("left", num=40), make_task("right", num=40, seed=3))
     condition = TaskInfoFewShotCondition(num_prompts=8)
-    y_QPE, y_QE, texts = task_conditions(condition, tasks, SPLITS, 0, "cpu")
+    y_QPE, y_QE, texts = conditions_of(condition, tasks)
     assert y_QPE.shape == (2, 8, 384)
     assert y_QE.shape == (2, 384)
     assert y_QPE.isfinite().all()
@@ -45,9 +49,9 @@ def test_held_out_prompt_shares_no_example_with_training_prompts(make_task) -> N
 def test_prompts_of_a_task_do_not_depend_on_the_other_tasks(make_task) -> None:
     tasks = (make_task("one", num=30), make_task("two", num=30, seed=4))
     condition = FewShotCondition(num_prompts=3)
-    _, _, both = task_conditions(condition, tasks, SPLITS, 0, "cpu")
-    _, _, alone = task_conditions(condition, tasks[1:], SPLITS, 0, "cpu")
-    _, _, reseeded = task_conditions(condition, tasks[1:], SPLITS, 1, "cpu")
+    _, _, both = conditions_of(condition, tasks)
+    _, _, alone = conditions_of(condition, tasks[1:])
+    _, _, reseeded = conditions_of(condition, tasks[1:], seed=1)
     assert both.training[1] == alone.training[0]
     assert both.generation[1] == alone.generation[0] != reseeded.generation[0]
     assert not any(tasks[1].task.description in prompt for prompt in alone.training[0]), "examples alone"
@@ -55,11 +59,11 @@ def test_prompts_of_a_task_do_not_depend_on_the_other_tasks(make_task) -> None:
 
 def test_task_info_is_the_description_alone_and_one_hot_needs_no_text(make_task) -> None:
     tasks = (make_task("one", num=30), make_task("two", num=30, seed=4))
-    y_QPE, _, texts = task_conditions(TaskInfoCondition(), tasks, SPLITS, 0, "cpu")
+    y_QPE, _, texts = conditions_of(TaskInfoCondition(), tasks)
     assert texts.training == tuple((task.task.description,) for task in tasks)
     assert y_QPE.shape[:2] == (2, 1)
     for condition in (OneHotCondition(), LearnedCondition()):
-        y_QPE, y_QE, texts = task_conditions(condition, tasks, SPLITS, 0, "cpu")
+        y_QPE, y_QE, texts = conditions_of(condition, tasks)
         assert y_QE.tolist() == [[1, 0], [0, 1]]
         assert texts.training == ()
 
@@ -68,4 +72,4 @@ def test_too_few_examples_are_named(make_task) -> None:
     with pytest.raises(
         UserError, match=r"task 'few': 2 training examples are too few for prompts of 2; give more data"
     ):
-        task_conditions(FewShotCondition(), (make_task("few", num=3),), SPLITS, 0, "cpu")
+        conditions_of(FewShotCondition(), (make_task("few", num=3),))

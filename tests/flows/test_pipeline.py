@@ -127,6 +127,19 @@ def test_changed_task_runs_again_with_what_depends_on_it_and_nothing_else(
     }, "another sampler asks for no training"  # fmt: skip
 
 
+def test_other_words_for_a_task_make_another_generator_and_no_other_adapters(
+    run: Runner, tiny_values: dict[str, Any]
+) -> None:
+    left, right = tiny_values["tasks"]
+    told = tiny_values | {"condition": {"kind": "task_info"}}
+    run(told)
+    _, computed, _ = run(told | {"tasks": [left, right | {"description": "The same task in other words."}]})
+    stages = {name.split()[0] for name in computed}
+    assert stages >= {"encode_conditions", "fit_diffusion", "generate_candidates", "report"}
+    assert not stages & {"fit_head", "harvest_checkpoints", "fit_normalization", "fit_autoencoder"}
+    assert {name.split()[2] for name in computed if name.startswith("score_")} == {"candidates"}
+
+
 def test_moved_data_and_model_change_nothing(run: Runner, tmp_path: Path, tiny_values: dict[str, Any]) -> None:
     run(tiny_values)
     (tmp_path / "data").rename(tmp_path / "elsewhere")

@@ -62,7 +62,8 @@ class ResolvedHub(Config):
 
 
 class ResolvedTask(Config):
-    """A task whose data has been found. `task.data` does not count: its content does."""
+    """A task whose data has been found. `task.data` does not count: its content does. Nor do the task's words: they are for
+    the generator alone, and what reads them takes them beside the task (`descriptions_of` in prompts.py)."""
 
     task: TextTask
     source: ResolvedFiles | ResolvedHub
@@ -72,7 +73,7 @@ class ResolvedTask(Config):
         return self.task.name
 
     def identity(self) -> Any:
-        fields = {name: getattr(self.task, name) for name in TextTask.model_fields if name != "data"}
+        fields = {name: getattr(self.task, name) for name in TextTask.model_fields if name not in ("data", "description")}
         return {"task": fields, "source": self.source}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,10 +62,18 @@ def _draws(task: ResolvedTask, examples: Examples, num_prompts: int, num_example
     ]
 
 
+def descriptions_of(condition: ConditionConfig, tasks: Sequence[ResolvedTask]) -> tuple[str | None, ...]:
+    """The words of each task, None where the condition does not read them."""
+    told = isinstance(condition, TaskInfoCondition | TaskInfoFewShotCondition)
+    return tuple(task.task.description if told else None for task in tasks)
+
+
 def task_conditions(
-    condition: ConditionConfig, tasks: tuple[ResolvedTask, ...], splits: SplitConfig, seed: int, device: str | torch.device
-) -> tuple[torch.Tensor, torch.Tensor, TaskConditions]:
-    """(y_QPE for training, y_QE for generation, the texts). Raises UserError for an unusable text."""
+    condition: ConditionConfig, tasks: Sequence[ResolvedTask], descriptions: Sequence[str | None], splits: SplitConfig,
+    seed: int, device: str | torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, TaskConditions]:  # fmt: skip
+    """(y_QPE for training, y_QE for generation, the texts). descriptions: from `descriptions_of`. Raises UserError for an
+    unusable text."""
     if isinstance(condition, OneHotCondition | LearnedCondition):
         y_QPE = one_hot_conditions(len(tasks))
         return y_QPE, y_QPE[:, 0], TaskConditions()
@@ -72,8 +81,7 @@ def task_conditions(
         raise UserError("condition.kind 'style_image': is for styles; text tasks take task_info, few_shot or one_hot")
     training: list[tuple[str, ...]] = []
     generation: list[str] = []
-    for task in tasks:
-        description = None if isinstance(condition, FewShotCondition) else task.task.description
+    for task, description in zip(tasks, descriptions, strict=True):
         draws: list[list[str]] = [[], []]
         if isinstance(condition, FewShotCondition | TaskInfoFewShotCondition):
             examples = examples_of(task, splits, "train")

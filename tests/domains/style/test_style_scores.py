@@ -170,4 +170,4 @@ def test_style_condition_is_refused_for_text() -> None:
     from cpdiff_core.domains.glue.prompts import task_conditions
 
     with pytest.raises(UserError, match="'style_image': is for styles"):
-        task_conditions(StyleImageCondition(), (), SplitConfig(), 0, "cpu")
+        task_conditions(StyleImageCondition(), (), (), SplitConfig(), 0, "cpu")
