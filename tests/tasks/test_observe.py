@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_progress_is_an_artifact_in_the_ui_until_the_stage_is_there(
             found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
             return [(item.type, float(str(item.data))) for item in found]
 
-        running = pool.submit(march_in_flow, STEPS, False)
+        running = pool.submit(copy_context().run, march_in_flow, STEPS, False)  # with this test's root
         wait_for(lambda: shown() or running.done())
         ((kind, percent),) = shown()
         assert kind == "progress"
