@@ -192,7 +192,7 @@ class _Adapted(nn.Module):
         if tokens.masks:
             mask = tokens.masks[self.num_joined]
             return _MixedLinear.apply(x, self.down, self.up, mask, self.weight, self.bias, routing.scaling)  # type: ignore[no-any-return]
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
             return self._merged(x)
         out = F.linear(x, self.weight, self.bias)
         groups = len(self.pairs[0][0])
@@ -203,8 +203,8 @@ class _Adapted(nn.Module):
         return torch.add(out, torch.cat(added, dim=2).view(out.shape), alpha=routing.scaling)
 
     def _merged(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by W + scaling B A, one adapter after the other: on a CPU, where all is float32, the small products cost
-        more than the merging."""
+        """The same by W + scaling B A, one adapter after the other: on a CPU the small products cost more than the merging.
+        bfloat16 would round much of an adapter away."""
         rows = x.view(len(self.pairs[0][0]), -1, self.in_features)
         out = x.new_empty(*rows.shape[:2], self.out_features)
         for s, x_TI in enumerate(rows):

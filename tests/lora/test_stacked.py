@@ -26,7 +26,7 @@ from cpdiff_core.domains.base_models import (
 )
 from cpdiff_core.lora.layout import LoraSpec, adapt, initial_vector
 from cpdiff_core.lora.packing import TokenBatch, TokenizedTexts, join, pack, pad, place
-from cpdiff_core.lora.stacked import StackedClassifier, _attention, counter_dropout
+from cpdiff_core.lora.stacked import StackedClassifier, StackedLora, _Adapted, _attention, counter_dropout
 
 S, B, CLASSES = 3, 4, 3
 HEADS = {
@@ -162,6 +162,28 @@ def test_same_texts_for_many_adapters_equal_each_adapter_alone(case: Case) -> No
             alone = model(case.w_SK[s : s + 1], model.stack_heads(case.heads[s : s + 1], CLASSES), one)
             torch.testing.assert_close(together[s], alone[0], atol=2e-5, rtol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "merges"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_scoring_on_a_cpu_merges_adapters_into_the_weights_in_float32_alone(
+    case: Case, dtype: torch.dtype, merges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = []
+
+    def noted(layer: StackedLora, x: torch.Tensor) -> torch.Tensor:
+        merged.append(layer)
+        return _Adapted._merged(layer, x)
+
+    monkeypatch.setattr(StackedLora, "_merged", noted)
+    model = case.model().to(dtype)
+    batch = case.pad(case.rows_SB)
+    heads = model.stack_heads(case.heads, CLASSES)
+    apart = model(case.w_SK.clone().requires_grad_(), heads, batch)
+    assert not merged, "training keeps them apart"
+    with torch.no_grad():
+        found = model(case.w_SK, heads, batch)
+    assert bool(merged) == merges
+    torch.testing.assert_close(found, apart.detach(), atol=2e-5, rtol=1e-4)
 
 
 def test_few_programs_serve_all_layers_and_any_number_of_rows(case: Case) -> None:
